@@ -1,0 +1,45 @@
+"""Config section `optim`: optimizer, learning rate, precision and the engine that shards it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megads.config.section import section
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+@section
+class OptimConfig:
+    """Optimizer, learning-rate schedule, clipping, precision and ZeRO stage."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw: decoupled weight decay (Loshchilov and Hutter 2019). sgd: plain, for comparisons."""
+    lr: PositiveFloat
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0 to `optim.lr`."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the way from `optim.lr` down to `optim.min_lr`."""
+    decay_steps: PositiveInt | None = None
+    """Step at which `optim.min_lr` is reached; null: `run.steps`."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Adam's constant beside the square root."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
+    clip: PositiveFloat | None = 1.0
+    """Global gradient norm above which all gradients are scaled down; null: no clipping."""
+    precision: Literal["fp32", "fp64"] = "fp32"
+    """Arithmetic of weights, activations and optimizer."""
+    engine: Literal["native"] = "native"
+    """Optimizer engine."""
+    zero_stage: Literal[0, 1] = 0
+    """ZeRO stage: 0 keeps all optimizer state on each data-parallel rank, 1 shards it over them."""
+    bucket_elements: PositiveInt = 25_000_000
+    """Gradient elements reduced by one collective."""
