@@ -1,0 +1,71 @@
+"""An op and its implementations: which one runs is decided here, told once in the log, and can be forced in tests.
+
+An `Op` is an immutable table. Implementations are tried in order; the first whose predicate accepts the arguments runs.
+The last one is the reference, which accepts everything that the op is defined for.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from megads.errors import ConfigError
+
+_FORCED: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("forced op implementations", default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to compute an op: `accepts(*args, **kwargs)` says whether `run` may be called with them."""
+
+    name: str
+    run: Callable[..., Any]
+    accepts: Callable[..., bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """An op: its implementations in order of preference."""
+
+    name: str
+    implementations: tuple[Implementation, ...]
+
+    def pick(self, *args: Any, **kwargs: Any) -> Implementation:
+        """The implementation that runs for these arguments.
+
+        Raises:
+            ConfigError: none accepts them, or the forced one does not.
+        """
+        forced = dict(_FORCED.get()).get(self.name)
+        for implementation in self.implementations:
+            if (forced is None or implementation.name == forced) and implementation.accepts(*args, **kwargs):
+                _tell(self.name, implementation.name)
+                return implementation
+        raise ConfigError(
+            f"no implementation of {self.name} accepts these arguments",
+            found=f"forced {forced}" if forced else "none forced",
+            allowed=", ".join(i.name for i in self.implementations),
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pick(*args, **kwargs).run(*args, **kwargs)
+
+
+@functools.cache
+def _tell(op: str, implementation: str) -> None:
+    logging.getLogger("megads.ops").info("op %s: %s", op, implementation)
+
+
+@contextmanager
+def force(op: str, implementation: str) -> Iterator[None]:
+    """Inside, `op` runs as `implementation` or not at all."""
+    token = _FORCED.set((*_FORCED.get(), (op, implementation)))
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)

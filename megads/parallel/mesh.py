@@ -1,0 +1,88 @@
+"""Layout -> process groups, as one value that is passed around, never a global.
+
+A `Mesh` holds this rank's group of every axis. It is built once; groups of equal ranks share one communicator, and a
+group of one rank has none, so layers contain no `if tensor > 1` and run in one process without torch.distributed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megads.errors import LayoutError
+from megads.parallel.layout import AXES, Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The ranks that differ from this one along one axis.
+
+    Args:
+        ranks: global ranks, ascending.
+        rank: this rank's place among them.
+        handle: their communicator; None exactly if the group has one rank.
+    """
+
+    ranks: tuple[int, ...]
+    rank: int
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """This rank's place in the layout, its device and its groups."""
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    groups: Mapping[str, Group]
+
+    def group(self, axis: str) -> Group:
+        """This rank's group along `axis` (one of `layout.AXES`)."""
+        return self.groups[axis]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis -> number of ranks."""
+        return {axis: group.size for axis, group in self.groups.items()}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Axis -> this rank's place along it."""
+        return {axis: group.rank for axis, group in self.groups.items()}
+
+
+def build_mesh(layout: Layout, rank: int, *, device: torch.device | None = None) -> Mesh:
+    """Build this rank's groups; all ranks call it together, after `bootstrap.connect`.
+
+    Creation synchronises only the members of a group. Every communicator is used once here, so that none is set up, and
+    no dead peer is first met, inside a training step.
+
+    Raises:
+        LayoutError: the layout is not as large as the world.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if layout.world_size != world:
+        raise LayoutError(
+            "the layout does not fit the number of processes",
+            found=f"{layout} = {layout.world_size} ranks, {world} processes",
+            allowed="as many processes as ranks",
+        )
+    device = device or torch.device("cpu")
+    handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    groups = {}
+    for axis in AXES:
+        ranks = next(members for members in layout.groups(axis) if rank in members)
+        if len(ranks) > 1 and ranks not in handles:
+            handles[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+            dist.all_reduce(torch.zeros(1, device=device), group=handles[ranks])
+        groups[axis] = Group(ranks, ranks.index(rank), handles.get(ranks))
+    return Mesh(layout, rank, device, groups)
