@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from megads.config.section import section
+from megads.config.section import Text, section
 
 
 @section
@@ -17,7 +17,7 @@ class CheckpointConfig:
     """Save each time this many steps are done, and at the end; null: only at the end."""
     keep: PositiveInt | None = None
     """Newest committed steps that are kept; older ones are deleted after a commit; null: all."""
-    load: str = "auto"
+    load: Text = "auto"
     """auto: the newest committed step of `run.dir`, else a fresh start. never: a fresh start, refused if steps are
     there. must: as auto, but refused if nothing is there. Any other text is the path of a run or step directory."""
     on_damage: Literal["error", "previous"] = "error"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import MinLen
 from pydantic import PositiveFloat, PositiveInt
 
-from megads.config.section import section
+from megads.config.section import Text, section
 
 
 @section
 class CorpusConfig:
     """One corpus of a blend."""
 
-    path: str
+    path: Text
     """Prefix of the corpus: PREFIX.bin, PREFIX.idx and, if made by megads, PREFIX.json."""
     weight: PositiveFloat = 1.0
     """Share of the samples that come from this corpus, relative to the other weights."""
@@ -23,11 +26,11 @@ class CorpusConfig:
 class DataConfig:
     """Corpora, tokenizer and how samples are cut from them."""
 
-    train: str | tuple[str | CorpusConfig, ...]
+    train: Text | Annotated[tuple[Text | CorpusConfig, ...], MinLen(1)]
     """Training corpora: a PREFIX, a list of them, or a list of {path, weight, max_epochs}."""
-    valid: str | tuple[str, ...] | None = None
+    valid: Text | Annotated[tuple[Text, ...], MinLen(1)] | None = None
     """Held-out corpora for validation: a PREFIX or a list of them; null: none."""
-    tokenizer: str
+    tokenizer: Text
     """Tokenizer file: a SentencePiece `.model` or a Hugging Face `tokenizer.json`."""
     sequence_length: PositiveInt
     """Tokens of one sample."""

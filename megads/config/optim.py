@@ -39,7 +39,7 @@ class OptimConfig:
     """Arithmetic of weights, activations and optimizer."""
     engine: Literal["native"] = "native"
     """Optimizer engine."""
-    zero_stage: Literal[0, 1] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=1)] = 0
     """ZeRO stage: 0 keeps all optimizer state on each data-parallel rank, 1 shards it over them."""
     bucket_elements: PositiveInt = 25_000_000
     """Gradient elements reduced by one collective."""

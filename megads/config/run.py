@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeInt, PositiveInt
+from typing import Annotated
 
-from megads.config.section import section
+from pydantic import Field, PositiveInt
+
+from megads.config.section import Text, section
 
 
 @section
 class RunConfig:
     """Where a run lives, how long it goes, and the seed of everything random in it."""
 
-    dir: str = "runs/default"
+    dir: Text = "runs/default"
     """Directory of the run: resolved config, metrics, history and checkpoints. Every host must see the same one."""
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Seed of initial weights, dropout and data order. The same seed gives the same run under every layout."""
     steps: PositiveInt
     """Number of optimizer steps of the whole run, counted from its first start."""

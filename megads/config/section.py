@@ -8,11 +8,13 @@ overrides and error messages live in `load.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar, dataclass_transform
+from typing import Annotated, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, StringConstraints
 
 T = TypeVar("T")
+
+Text = Annotated[str, StringConstraints(min_length=1)]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -1,0 +1,104 @@
+"""`python -m megads VERB ...`: the table of verbs, and the top frame of every process.
+
+The chosen verb's module is the only late import of the project, so that `--help` needs no torch. Here ends
+every exception: a `MegadsError` becomes its message and exit code, anything else a traceback and exit code 1.
+A rank that has a launcher leaves the message in the launcher's error file, so that one rank's reason is told,
+not all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from megads.errors import ConfigError, MegadsError
+
+VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "train": ("megads.train.trainer:main", "train a model: train CONFIG [key=value ...]"),
+        "launch": (
+            "megads.train.launch:main",
+            "start ranks: launch --nproc N -- train CONFIG ...",
+        ),
+        "evaluate": ("megads.evaluate.perplexity:main", "perplexity and bits per byte of a checkpoint"),
+        "generate": ("megads.evaluate.generate:main", "sample text from a checkpoint"),
+        "schedule": ("megads.pipeline.render:main", "draw and check a pipeline schedule"),
+        "explain": ("megads.config.explain:main", "what a config key means: explain [KEY]"),
+    }
+)
+
+INTERRUPTED = 130  # what a shell reports for a command that ended by Ctrl-C
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a verb; returns the exit code of the process."""
+    _follow_launcher()
+    try:
+        return _run(argv)
+    except MegadsError as error:
+        _report(error, str(error))
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        _report(error, "interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        _report(error, "".join(traceback.format_exception(error)).rstrip())
+        return 1
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        raise ConfigError(
+            f"{verb}: no such verb{f'; did you mean {near[0]}?' if near else ''}",
+            allowed=", ".join(VERBS),
+            do="`python -m megads --help` says what they do",
+        )
+    module, _, function = VERBS[verb][0].partition(":")
+    code: int = getattr(importlib.import_module(module), function)(rest)
+    return code
+
+
+def usage() -> str:
+    """The help text: one line a verb."""
+    lines = ["usage: python -m megads VERB ...", ""]
+    lines += [f"  {verb:10} {what}" for verb, (_, what) in VERBS.items()]
+    return "\n".join([*lines, "", "`python -m megads VERB --help` says more."])
+
+
+def _report(error: BaseException, text: str) -> None:
+    """Say why the process ends: to the launcher if there is one, else on stderr."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        # The form of torch's elastic agent (elastic/multiprocessing/errors/error_handler.py).
+        extra = {"py_callstack": text, "timestamp": str(int(time.time())), "type": type(error).__name__}
+        reason = str(error) if isinstance(error, MegadsError) else f"{type(error).__name__}: {error}"
+        message = {"message": f"rank {os.environ.get('RANK', '?')}: {reason}", "extraInfo": extra}
+        with open(file, "w", encoding="utf-8") as stream:
+            json.dump({"message": message}, stream)
+    if not (file and os.environ.get("MEGADS_LAUNCHER")):
+        print(text, file=sys.stderr)
+
+
+def _follow_launcher() -> None:
+    """Ask Linux to send SIGTERM when the launcher is gone, so that no rank outlives it."""
+    if os.environ.get("MEGADS_LAUNCHER") and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
