@@ -57,7 +57,7 @@ class ShardedParameter(torch.nn.Parameter):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Where a module stands while it is built: its logical name, the mesh, the dtype.
+    """Where a module stands while it is built: its logical name, the mesh, the dtype, the run's seed.
 
     Modules declare their parameters through it. Parameters that are tied and live in the same process are one object:
     `ties` remembers them while a model is built.
@@ -65,6 +65,7 @@ class Scope:
 
     mesh: Mesh
     dtype: torch.dtype
+    seed: int
     name: str = ""
     ties: dict[str, ShardedParameter] = field(default_factory=dict)
 

@@ -1,0 +1,75 @@
+"""Dropout whose mask is a function of (seed, step, name, global sample, position, hidden or key index).
+
+No generator state: the same elements are dropped under every layout, micro-batch size and recompute. Masks are drawn in
+`parallel/rng.py`; attention applies them in `ops/attention.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megads.data.sequence import Batch
+from megads.ops import attention
+from megads.parallel.parameter import Scope
+from megads.parallel.rng import keep_mask
+
+
+class HiddenDropout(torch.nn.Module):
+    """Dropout of hidden activations [seq, batch, hidden], alike on all tensor-parallel ranks."""
+
+    def __init__(self, scope: Scope, probability: float) -> None:
+        super().__init__()
+        self._stream = f"{scope.seed}/dropout/{scope.name}"
+        self._probability = probability
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        if not self.training or self._probability == 0.0:
+            return x
+        keep = keep_mask(
+            name=self._stream,
+            step=batch.step,
+            probability=self._probability,
+            units=batch.samples[None, :],
+            rows=torch.arange(x.shape[0], device=x.device)[:, None],
+            columns=(0, x.shape[2]),
+        )
+        return x * keep / (1.0 - self._probability)
+
+
+class AttentionDropout(torch.nn.Module):
+    """Dropout of attention weights [batch, local heads, seq, seq].
+
+    Args:
+        num_heads: global number of query heads.
+    """
+
+    def __init__(self, scope: Scope, probability: float, *, num_heads: int) -> None:
+        super().__init__()
+        self._stream = f"{scope.seed}/dropout/{scope.name}"
+        self._probability = probability
+        self._num_heads = num_heads
+        group = scope.mesh.group("tp")
+        num_local_heads = num_heads // group.size
+        self._heads = range(group.rank * num_local_heads, (group.rank + 1) * num_local_heads)
+
+    def plan(self, batch: Batch) -> attention.Dropout | None:
+        """What the attention op needs to drop weights of this batch; None where nothing is dropped."""
+        if not self.training or self._probability == 0.0:
+            return None
+        device = batch.tokens.device
+        heads = torch.tensor(self._heads, device=device)
+        units = (batch.samples[:, None] * self._num_heads + heads)[..., None]  # [batch, local heads, 1]
+        seq = batch.tokens.shape[1]
+
+        def keep() -> Tensor:
+            return keep_mask(
+                name=self._stream,
+                step=batch.step,
+                probability=self._probability,
+                units=units,
+                rows=torch.arange(seq, device=device),
+                columns=(0, seq),
+            )
+
+        return attention.Dropout(self._probability, keep)

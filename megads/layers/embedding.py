@@ -1,0 +1,69 @@
+"""Token and position embeddings, and the output head, with the vocabulary cut over the tensor-parallel axis.
+
+The vocabulary need not divide: each rank holds ceil(V / n) rows, of which the last may be padding. 7 ids over 4 ranks:
+
+    rank 0: 0 1   rank 1: 2 3   rank 2: 4 5   rank 3: 6 -
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megads.ops.cross_entropy import Columns
+from megads.parallel.collectives import copy_to, reduce_from
+from megads.parallel.parameter import Scope, ShardedParameter
+from megads.parallel.shard import Cut, Init, ShardSpec
+
+
+def vocabulary_spec(vocab: int, hidden: int, *, init_std: float, tie: str | None) -> ShardSpec:
+    """Declaration of a [vocab, hidden] weight, as embedding or head."""
+    return ShardSpec((vocab, hidden), (Cut(0, "tp", pad=True),), Init("normal", init_std), tie=tie)
+
+
+def vocabulary_columns(weight: ShardedParameter) -> Columns:
+    """Which ids the local rows of a vocabulary-cut weight are."""
+    if not weight.regions:
+        return Columns(0, 0)
+    (region,) = weight.regions
+    return Columns(region.source.start[0], region.source.shape[0])
+
+
+class VocabParallelEmbedding(torch.nn.Module):
+    """Token ids [batch, seq] -> [batch, seq, hidden], the same on all tensor-parallel ranks."""
+
+    def __init__(self, scope: Scope, vocab: int, hidden: int, *, init_std: float, tie: str | None) -> None:
+        super().__init__()
+        self._group = scope.mesh.group("tp")
+        self.weight = scope.parameter("weight", vocabulary_spec(vocab, hidden, init_std=init_std, tie=tie))
+        self._columns = vocabulary_columns(self.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mine, row = self._columns.locate(tokens)
+        return reduce_from(F.embedding(row, self.weight) * mine[..., None], self._group)
+
+
+class PositionEmbedding(torch.nn.Module):
+    """Learned positions: [batch, seq] indices -> [batch, seq, hidden]."""
+
+    def __init__(self, scope: Scope, max_positions: int, hidden: int, *, init_std: float) -> None:
+        super().__init__()
+        spec = ShardSpec((max_positions, hidden), init=Init("normal", init_std))
+        self.weight = scope.parameter("weight", spec)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.embedding(positions, self.weight)
+
+
+class VocabParallelHead(torch.nn.Module):
+    """Hidden [..., hidden] -> this rank's logits [..., vocab_local]; columns beyond `columns.count` are padding."""
+
+    def __init__(self, scope: Scope, vocab: int, hidden: int, *, init_std: float, tie: str | None) -> None:
+        super().__init__()
+        self._group = scope.mesh.group("tp")
+        self.weight = scope.parameter("weight", vocabulary_spec(vocab, hidden, init_std=init_std, tie=tie))
+        self.columns = vocabulary_columns(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(copy_to(x, self._group), self.weight)

@@ -1,0 +1,35 @@
+"""Norm layers: parameters for `ops/norm.py`. Replicated over tensor-parallel ranks, never decayed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megads.ops.norm import layer_norm, rms_norm
+from megads.parallel.parameter import Scope
+from megads.parallel.shard import Init, ShardSpec
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm over the last dim."""
+
+    def __init__(self, scope: Scope, hidden: int, *, eps: float) -> None:
+        super().__init__()
+        self._eps = eps
+        self.weight = scope.parameter("weight", ShardSpec((hidden,), init=Init("ones"), decay=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self._eps)
+
+
+class LayerNorm(torch.nn.Module):
+    """LayerNorm over the last dim, with bias."""
+
+    def __init__(self, scope: Scope, hidden: int, *, eps: float) -> None:
+        super().__init__()
+        self._eps = eps
+        self.weight = scope.parameter("weight", ShardSpec((hidden,), init=Init("ones"), decay=False))
+        self.bias = scope.parameter("bias", ShardSpec((hidden,), decay=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, eps=self._eps)

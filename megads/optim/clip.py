@@ -1,0 +1,30 @@
+"""The global gradient norm and the factor that clips it, on the device: no value visits the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megads.parallel.collectives import all_reduce_
+from megads.parallel.mesh import Group
+
+
+def global_norm(gradients: Iterable[Tensor], *, group: Group, device: torch.device) -> Tensor:
+    """Euclidean norm over all elements on all ranks of `group`, in float64.
+
+    Args:
+        gradients: what this rank contributes; every element of the model must be contributed by one rank alone.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for gradient in gradients:
+        total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    return all_reduce_(total, group).sqrt()
+
+
+def clip_factor(norm: Tensor, limit: float | None) -> Tensor:
+    """min(1, limit / norm): what all gradients are multiplied by. 1 without a limit."""
+    if limit is None:
+        return torch.ones_like(norm)
+    return (limit / norm.clamp_min(limit)).to(norm.dtype)

@@ -1,0 +1,49 @@
+"""What an optimizer engine promises the trainer. Engines: `zero.py` (native, the reference)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megads.parallel.parameter import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step did; tensors stay on the device.
+
+    Attributes:
+        grad_norm: global gradient norm before clipping, float64 scalar.
+        finite: bool scalar; False: a gradient was not finite and the step changed nothing.
+    """
+
+    grad_norm: Tensor
+    finite: Tensor
+
+
+class Engine(Protocol):
+    """Owns gradients and optimizer state of this rank's parameters."""
+
+    def zero_gradients(self) -> None:
+        """Start a step."""
+
+    def reduce(self, stage: int) -> None:
+        """Gradients of a stage are complete on this rank: sum them over the ranks that share them."""
+
+    def step(self, *, lr: float) -> StepReport:
+        """Clip, update, and make every rank's weights current."""
+
+    def state(self) -> tuple[Piece, ...]:
+        """What this rank saves: over all ranks every element of weights and optimizer state exactly once."""
+
+    def targets(self) -> tuple[Piece, ...]:
+        """What this rank needs when loading: all that it holds."""
+
+    def scalars(self) -> Mapping[str, Any]:
+        """State that is no tensor, as JSON values."""
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Take back what `scalars` gave."""

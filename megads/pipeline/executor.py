@@ -1,0 +1,154 @@
+"""The one loop that runs any schedule on one rank.
+
+    for each action of this rank's row:   F, B: compute    SEND, RECV: transport    REDUCE: the engine's reduction
+
+The loss is a weighted sum of extras, each divided by its *global* count: the backward of every micro-batch is seeded with
+weight / count, so gradients only ever need to be summed, over micro-batches and over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megads.data.sequence import Batch
+from megads.pipeline.action import Action, Kind, Schedule
+from megads.pipeline.stage import BlockOutput, Payload, Stage
+from megads.pipeline.transport import Arrival, TensorSpec, Transport
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """One extra summed over this rank's stages and micro-batches: sum (float64) and count, both scalars."""
+
+    sum: Tensor
+    count: Tensor
+
+
+def forwards(schedule: Schedule) -> Schedule:
+    """The forward half of a compute-only schedule, for evaluation."""
+    rows = tuple(
+        tuple(action for cell in row for action in cell.actions if action.kind is Kind.F) for row in schedule.rows
+    )
+    return replace(schedule, rows=rows)
+
+
+class Executor:
+    """Runs one rank's row of a lowered schedule.
+
+    Args:
+        schedule: lowered.
+        rank: this rank in the pipeline.
+        stages: the stages this rank holds, by number.
+        transport: to the pipeline's other ranks.
+        payload: what crosses a stage boundary for a micro-batch of a given number of rows and sequence length.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rank: int,
+        *,
+        stages: Mapping[int, Stage],
+        transport: Transport,
+        payload: Callable[[int, int], tuple[TensorSpec, ...]],
+    ) -> None:
+        self._schedule = schedule
+        self._row = schedule.rows[rank]
+        self._stages = stages
+        self._transport = transport
+        self._payload = payload
+
+    def run(
+        self,
+        batch: Batch,
+        *,
+        seeds: Mapping[str, Tensor] | None = None,
+        reduce: Callable[[int], None] | None = None,
+    ) -> dict[str, Total]:
+        """Run all micro-batches of `batch`, this data-parallel rank's rows.
+
+        Args:
+            seeds: for each extra weight / global count; needed by schedules with a backward.
+            reduce: called with a stage's number when its gradients are complete on this rank.
+
+        Returns:
+            the extras of this rank's stages.
+        """
+        work = _Run(self, batch, seeds or {})
+        for cell in self._row:
+            for action in cell.actions:
+                if action.kind is Kind.REDUCE:
+                    if reduce is not None:
+                        reduce(action.stage)
+                else:
+                    work.do(action)
+        self._transport.drain()
+        return work.totals
+
+
+class _Run:
+    """What one pass over a row holds: values made or arriving, totals."""
+
+    def __init__(self, executor: Executor, batch: Batch, seeds: Mapping[str, Tensor]) -> None:
+        self._schedule = executor._schedule
+        self._stages = executor._stages
+        self._transport = executor._transport
+        self._batch = batch
+        self._seeds = seeds
+        rows, seq = batch.tokens.shape
+        self._rows = rows // self._schedule.num_micro_batches
+        self._specs = executor._payload(self._rows, seq)
+        self._made: dict[Action, Payload] = {}
+        self._arrivals: dict[Action, Arrival] = {}
+        self.totals: dict[str, Total] = {}
+
+    def do(self, action: Action) -> None:
+        """Run one compute or transfer action."""
+        if action.kind is Kind.F:
+            self._forward(action)
+        elif action.kind is Kind.B:
+            self._backward(action)
+        elif action.kind.is_send:
+            made = Action(Kind.F if action.kind is Kind.SEND_F else Kind.B, action.stage, action.micro_batch)
+            self._transport.send(self._made.pop(made), peer=self._schedule.peer(action))
+        else:
+            self._arrivals[action] = self._transport.receive(self._specs, peer=self._schedule.peer(action))
+
+    def _take(self, receive: Action, made: Action) -> Payload:
+        """A value from another rank if it was received, else from the neighbouring stage on this rank."""
+        arrival = self._arrivals.pop(receive, None)
+        return self._made.pop(made) if arrival is None else arrival.wait()
+
+    def _forward(self, action: Action) -> None:
+        stage, micro_batch = action.stage, action.micro_batch
+        payload: Payload = ()
+        if stage > 0:
+            payload = self._take(Action(Kind.RECV_F, stage, micro_batch), Action(Kind.F, stage - 1, micro_batch))
+        rows = self._batch.rows(micro_batch * self._rows, (micro_batch + 1) * self._rows)
+        output = self._stages[stage].forward(payload, rows, micro_batch=micro_batch)
+        if stage < self._schedule.num_stages - 1:
+            self._made[action] = output.payload
+        self._add(output)
+
+    def _backward(self, action: Action) -> None:
+        stage, micro_batch = action.stage, action.micro_batch
+        gradients: Payload = ()
+        if stage < self._schedule.num_stages - 1:
+            gradients = self._take(
+                Action(Kind.RECV_B, stage, micro_batch), Action(Kind.B, stage + 1, micro_batch)
+            )
+        made = self._stages[stage].backward(gradients, self._seeds, micro_batch=micro_batch)
+        if stage > 0:
+            self._made[action] = made
+
+    def _add(self, output: BlockOutput) -> None:
+        for extra in output.extras:
+            total = self.totals.get(extra.name, Total(torch.zeros(()), torch.zeros(())))
+            device = extra.sum.device
+            self.totals[extra.name] = Total(
+                total.sum.to(device) + extra.sum.double(), total.count.to(device) + extra.count
+            )
