@@ -1,0 +1,279 @@
+"""Draws schedules: a text grid of ranks x time, an SVG of the same, and the verb `python -m megads schedule`.
+
+    0 |F0F1F2F3......B0--F4B1--F5B2--..        one column or more a time unit; `-` the rest of an action,
+    1 |..F0F1F2..B0--F3B1--F4B2--..            `.` idle
+
+What is drawn is the timeline that `simulate.py` computes; nothing here knows a schedule by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from xml.sax.saxutils import escape
+
+from megads.errors import ScheduleError
+from megads.pipeline.action import Action, Kind, Schedule
+from megads.pipeline.schedules import SCHEDULES, build, read_schedule
+from megads.pipeline.simulate import Span, Timeline, equal_costs, simulate
+from megads.pipeline.verify import Transport, verify
+
+_WIDTH = 100
+"""Columns of the text grid before it continues below."""
+
+
+def text_grid(timeline: Timeline, width: int = _WIDTH) -> str:
+    """The timeline as plain ASCII, at most `width` columns; what does not fit continues in a block below."""
+    schedule = timeline.schedule
+    labels = [[_label(schedule, span) for span in row] for row in timeline.spans]
+    scale = _columns_per_unit(timeline, labels)
+    total = round(timeline.makespan * scale)
+    lines = []
+    for row, names in zip(timeline.spans, labels, strict=True):
+        line = ["."] * total
+        for span, name in zip(row, names, strict=True):
+            start, stop = round(span.start * scale), round(span.stop * scale)
+            line[start:stop] = name.ljust(stop - start, "-")[: stop - start]
+        lines.append("".join(line))
+    head = len(str(schedule.num_ranks - 1))
+    step = max(width - head - 2, 1)
+    blocks = [
+        "\n".join(f"{rank:>{head}} |{line[start : start + step]}" for rank, line in enumerate(lines))
+        for start in range(0, max(total, 1), step)
+    ]
+    return "\n\n".join(blocks)
+
+
+def _label(schedule: Schedule, span: Span) -> str:
+    """`F3` where every rank holds one stage, `2F3` elsewhere; `(0F4+1B2)` for a pair."""
+    is_plain = len(schedule.placement) == 1 and schedule.num_stages == schedule.num_ranks
+    if is_plain and isinstance(span.cell, Action):
+        return f"{span.cell.kind.value}{span.cell.micro_batch}"
+    return str(span.cell)
+
+
+def _columns_per_unit(timeline: Timeline, labels: list[list[str]]) -> float:
+    """Columns for a unit of time: just enough for every label (one to spare where durations are no multiples)."""
+    needs = [
+        (len(name), span.stop - span.start)
+        for row, names in zip(timeline.spans, labels, strict=True)
+        for span, name in zip(row, names, strict=True)
+        if span.stop > span.start
+    ]
+    if not needs:
+        return 0.0
+    unit = min(duration for _, duration in needs)
+    is_multiple = all(abs(duration / unit - round(duration / unit)) < 1e-9 for _, duration in needs)
+    return max((size + (0 if is_multiple else 1)) / duration for size, duration in needs)
+
+
+_COLORS: Mapping[Kind, tuple[str, str]] = MappingProxyType(
+    {
+        Kind.F: ("#4c8bf5", "forward (F)"),
+        Kind.B: ("#3aa76d", "backward (B)"),
+        Kind.I: ("#2bb3a3", "input gradient (I)"),
+        Kind.W: ("#f2a33a", "weight gradient (W)"),
+    }
+)
+_IDLE = "#eceff3"
+_LINE = 34
+"""Height of a rank's row in pixels, gap included."""
+
+
+def svg(timeline: Timeline) -> str:
+    """The timeline as a self-contained SVG picture: ranks downwards, time to the right, idle time in grey."""
+    schedule = timeline.schedule
+    spans = [(rank, span) for rank, row in enumerate(timeline.spans) for span in row]
+    shortest = min((span.stop - span.start for _, span in spans if span.stop > span.start), default=1.0)
+    label = max(len(_label(schedule, span)) for _, span in spans)
+    scale = (8 + 7 * label) / shortest  # pixels a time unit
+    left, top = 70, 84
+    width = max(left + timeline.makespan * scale + 24, 560)
+    bottom = top + _LINE * schedule.num_ranks
+    title = (
+        f"{schedule.name}: {schedule.num_stages} stages, {schedule.num_micro_batches} micro-batches, "
+        f"bubble {timeline.bubble_fraction:.1%}"
+    )
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{bottom + 42}" '
+        f'viewBox="0 0 {width:.0f} {bottom + 42}" font-family="Helvetica, Arial, sans-serif" font-size="12">',
+        f"<title>{escape(title)}</title>",
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{left}" y="28" font-size="17" font-weight="bold" fill="#1f2933">{escape(title)}</text>',
+        *_svg_legend({action.kind for _, span in spans for action in span.cell.actions}, left),
+    ]
+    for rank in range(schedule.num_ranks):
+        y = top + _LINE * rank
+        parts.append(
+            f'<text x="{left - 10}" y="{y + 19}" text-anchor="end" fill="#52606d">rank {rank}</text>'
+        )
+        parts.append(_svg_box(left, y, timeline.makespan * scale, _IDLE))
+    for rank, span in spans:
+        parts.extend(_svg_span(schedule, span, left, top + _LINE * rank, scale))
+    parts.extend(_svg_axis(timeline.makespan, scale, left, bottom))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _svg_box(x: float, y: float, width: float, fill: str) -> str:
+    return f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LINE - 6}" fill="{fill}"/>'
+
+
+def _svg_legend(kinds: set[Kind], left: float) -> list[str]:
+    """One swatch for each kind that occurs, and one for idle time."""
+    parts = []
+    entries = [entry for kind, entry in _COLORS.items() if kind in kinds] + [(_IDLE, "idle")]
+    for color, name in entries:
+        parts.append(
+            f'<rect x="{left}" y="46" width="14" height="14" rx="2" fill="{color}" stroke="#cbd2d9"/>'
+        )
+        parts.append(f'<text x="{left + 20}" y="57" fill="#1f2933">{name}</text>')
+        left += 40 + 7 * len(name)
+    return parts
+
+
+def _svg_span(schedule: Schedule, span: Span, left: float, y: float, scale: float) -> list[str]:
+    """One cell: a box with its label; an overlapped pair is two boxes, one above the other."""
+    x, width = left + span.start * scale, (span.stop - span.start) * scale
+    actions = span.cell.actions
+    height = (_LINE - 6) / len(actions)
+    parts = []
+    for index, action in enumerate(actions):
+        top = y + index * height
+        parts.append(
+            f'<rect x="{x + 0.5:.2f}" y="{top:.2f}" width="{max(width - 1, 0.5):.2f}" height="{height:.2f}" rx="3" '
+            f'fill="{_COLORS[action.kind][0]}"><title>{action}: {span.start:g} to {span.stop:g}</title></rect>'
+        )
+        name = _label(schedule, Span(action, span.start, span.stop))
+        size = 12 if len(actions) == 1 else 10
+        parts.append(
+            f'<text x="{x + width / 2:.2f}" y="{top + height / 2 + size / 3:.2f}" font-size="{size}" '
+            f'text-anchor="middle" fill="white">{name}</text>'
+        )
+    return parts
+
+
+def _svg_axis(makespan: float, scale: float, left: float, y: float) -> list[str]:
+    """A time axis with about ten ticks at round numbers."""
+    step = 1.0
+    while makespan / step > 14:
+        step *= 2.5 if f"{step:e}".startswith("2") else 2
+    while makespan and makespan / step < 4:
+        step /= 2
+    parts = [f'<path d="M{left} {y + 2} H{left + makespan * scale:.2f}" stroke="#7b8794" fill="none"/>']
+    for tick in range(int(makespan / step + 1e-9) + 1):
+        x = left + tick * step * scale
+        parts.append(f'<path d="M{x:.2f} {y + 2} v5" stroke="#7b8794"/>')
+        parts.append(
+            f'<text x="{x:.2f}" y="{y + 20}" text-anchor="middle" fill="#52606d">{tick * step:g}</text>'
+        )
+    parts.append(f'<text x="{left - 10}" y="{y + 20}" text-anchor="end" fill="#52606d">time</text>')
+    return parts
+
+
+def main(argv: list[str]) -> int:
+    """`python -m megads schedule NAME`: prove a schedule, draw it, and say its bubble and its memory.
+
+    Raises:
+        ScheduleError: an unknown name, impossible counts, or a schedule that is refused by `verify`.
+    """
+    arguments = _parser().parse_args(argv)
+    for name in ("f", "b"):
+        if not 0 < getattr(arguments, name) < float("inf"):
+            raise ScheduleError(f"--{name} is not a duration", found=getattr(arguments, name), allowed="> 0")
+    schedule = _find(arguments)
+    verify(schedule)
+    timeline = simulate(schedule, equal_costs(schedule.num_stages, forward=arguments.f, backward=arguments.b))
+    if arguments.svg is not None:
+        _write(arguments.svg, svg(timeline))
+    sys.stdout.write(_report(arguments, timeline))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megads schedule",
+        description="Prove a pipeline schedule, draw it, and say its bubble and its peak of live activations.",
+    )
+    parser.add_argument("name", metavar="NAME", help=f"{', '.join(SCHEDULES)}, or a file in the text form")
+    parser.add_argument("--stages", type=int, metavar="P", help="pipeline ranks (a file says so itself)")
+    parser.add_argument("--micro-batches", type=int, metavar="M", help="micro-batches a step (likewise)")
+    parser.add_argument("--chunks", type=int, metavar="V", help="stages that each rank holds (default 1)")
+    parser.add_argument("--f", type=float, default=1.0, metavar="TIME", help="forward of a stage (default 1)")
+    parser.add_argument(
+        "--b", type=float, default=2.0, metavar="TIME", help="backward of a stage (default 2)"
+    )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw it into this file as well")
+    return parser
+
+
+def _find(arguments: argparse.Namespace) -> Schedule:
+    """The schedule that the command line names: from the table, else from a file."""
+    name, path = arguments.name, Path(arguments.name)
+    wanted = {
+        "--stages": arguments.stages,
+        "--micro-batches": arguments.micro_batches,
+        "--chunks": arguments.chunks,
+    }
+    if name not in SCHEDULES and path.is_file():
+        schedule = read_schedule(path)
+        chunks, micro_batches = schedule.num_stages // schedule.num_ranks, schedule.num_micro_batches
+        for option, found in zip(wanted, (schedule.num_ranks, micro_batches, chunks), strict=True):
+            if wanted[option] not in (None, found):
+                raise ScheduleError(
+                    f"{option} is not what the file says",
+                    found=wanted[option],
+                    allowed=found,
+                    do="leave it out",
+                )
+        return schedule
+    if name not in SCHEDULES and path.suffix:
+        raise ScheduleError(
+            f"schedule file {path} does not exist",
+            found=name,
+            allowed=f"an existing file, or {', '.join(SCHEDULES)}",
+        )
+    if name in SCHEDULES:
+        for option in ("--stages", "--micro-batches"):
+            if wanted[option] is None:
+                raise ScheduleError(f"schedule {name} needs {option}", allowed="a number >= 1")
+    return build(
+        name,
+        num_stages=arguments.stages,
+        num_micro_batches=arguments.micro_batches,
+        num_chunks=1 if arguments.chunks is None else arguments.chunks,
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ScheduleError(f"--svg {path} cannot be written", found=error) from error
+
+
+def _report(arguments: argparse.Namespace, timeline: Timeline) -> str:
+    """What the verb prints."""
+    schedule, forward, backward = timeline.schedule, arguments.f, arguments.b
+    num_ranks, num_micro_batches = schedule.num_ranks, schedule.num_micro_batches
+    idle = sorted(timeline.idle)
+    spread = f"{idle[0]:g}" if idle[-1] - idle[0] < 1e-9 else f"{idle[0]:g} to {idle[-1]:g}"
+    lines = [
+        f"{schedule.name}: {schedule.num_stages} stages on {num_ranks} ranks, {num_micro_batches} micro-batches, "
+        f"F = {forward:g}, B = {backward:g}",
+        "",
+        text_grid(timeline),
+        "",
+        f"bubble       {timeline.bubble_fraction:.1%}, {spread} of {timeline.makespan:g} on each rank",
+    ]
+    if recipe := SCHEDULES.get(arguments.name):
+        bubble = recipe.bubble(schedule.num_stages, num_micro_batches, forward, backward)
+        fraction = bubble / (bubble + num_micro_batches * (forward + backward))
+        lines.append(f"closed form  {fraction:.1%}, {recipe.bubble_formula} = {bubble:g}")
+    lines += [
+        f"live peak    {' '.join(map(str, timeline.peak_live))} micro-batches of a stage, rank by rank",
+        f"proven       work, order, messages, reductions, no deadlock on {len(Transport)} transports",
+    ]
+    return "\n".join(lines) + "\n"
