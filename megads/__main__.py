@@ -46,14 +46,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(argv)
     except MegadsError as error:
-        _report(error, str(error))
-        return error.exit_code
+        return _report(error, str(error), error.exit_code)
     except KeyboardInterrupt as error:
-        _report(error, "interrupted")
-        return INTERRUPTED
+        return _report(error, "interrupted", INTERRUPTED)
     except Exception as error:
-        _report(error, "".join(traceback.format_exception(error)).rstrip())
-        return 1
+        return _report(error, "".join(traceback.format_exception(error)).rstrip(), 1)
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -80,18 +77,28 @@ def usage() -> str:
     return "\n".join([*lines, "", "`python -m megads VERB --help` says more."])
 
 
-def _report(error: BaseException, text: str) -> None:
-    """Say why the process ends: to the launcher if there is one, else on stderr."""
+def _report(error: BaseException, text: str, code: int) -> int:
+    """Say why the process ends, to the launcher if there is one, else on stderr; returns `code`."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        # The form of torch's elastic agent (elastic/multiprocessing/errors/error_handler.py).
-        extra = {"py_callstack": text, "timestamp": str(int(time.time())), "type": type(error).__name__}
+        now = time.time()
         reason = str(error) if isinstance(error, MegadsError) else f"{type(error).__name__}: {error}"
-        message = {"message": f"rank {os.environ.get('RANK', '?')}: {reason}", "extraInfo": extra}
+        # `message`, `py_callstack` and `timestamp` are read by torch's elastic agent, the rest by train/launch.py.
+        message = {
+            "message": f"rank {os.environ.get('RANK', '?')}: {reason}",
+            "extraInfo": {
+                "py_callstack": text,
+                "timestamp": str(int(now)),
+                "time": now,
+                "type": type(error).__name__,
+                "code": code,
+            },
+        }
         with open(file, "w", encoding="utf-8") as stream:
             json.dump({"message": message}, stream)
     if not (file and os.environ.get("MEGADS_LAUNCHER")):
         print(text, file=sys.stderr)
+    return code
 
 
 def _follow_launcher() -> None:
