@@ -83,7 +83,7 @@ def _report(error: BaseException, text: str, code: int) -> int:
     if file:
         now = time.time()
         reason = str(error) if isinstance(error, MegadsError) else f"{type(error).__name__}: {error}"
-        # `message`, `py_callstack` and `timestamp` are read by torch's elastic agent, the rest by train/launch.py.
+        # Torch's elastic agent reads message, py_callstack and timestamp; train/launch.py reads the rest.
         message = {
             "message": f"rank {os.environ.get('RANK', '?')}: {reason}",
             "extraInfo": {

@@ -26,7 +26,7 @@ LOGGER = "megads"
 
 
 def setup(rank: int, *, file: Path | None = None) -> None:
-    """Send the messages of logger "megads" to stderr, and rank 0's also to `file`; a second call replaces it."""
+    """Send the messages of logger "megads" to stderr, and rank 0's also to `file`; the last call counts."""
     logger = logging.getLogger(LOGGER)
     for handler in tuple(logger.handlers):
         logger.removeHandler(handler)
@@ -106,7 +106,8 @@ class Progress:
 class MetricsWriter:
     """Appends one JSON object a line to a file.
 
-    Floats keep all their digits: the shortest text that reads back equal. Every object has the key `step`. A line that a killed process left torn is no line.
+    Floats keep all their digits: the shortest text that reads back equal. Every object has the key `step`. A
+    line that a killed process left torn is no line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -122,7 +123,7 @@ class MetricsWriter:
         self._stream.flush()
 
     def cut_back(self, step: int) -> None:
-        """Drop the records of all steps after `step`, and a torn last line: a resumed run writes them again."""
+        """Drop the records of all steps after `step`, and a torn last line (a resumed run repeats them)."""
         self.close()
         kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
         if self._path.exists():

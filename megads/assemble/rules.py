@@ -5,8 +5,8 @@
 Runs before any process group exists and needs no torch. Single keys are checked in `config/load.py`; files
 that a config names (corpora, tokenizer, checkpoints) are checked where they are opened.
 
-Legal and therefore no rule: ZeRO stage 1 on one data-parallel rank (it shards over 1), a decay that ends before
-or after the run, fewer micro-batches than stages, a vocabulary divisible by nothing (each rank pads its part).
+Legal and therefore no rule: ZeRO stage 1 on one data-parallel rank (it shards over 1), a decay that ends
+before or after the run, fewer micro-batches than stages, a vocabulary divisible by nothing (ranks pad it).
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def constant_lr_has_no_end(config: Config, world_size: int) -> Finding | None:
         return None
     return Finding(
         "optim.decay",
-        f"constant with optim.min_lr {optim.min_lr} and optim.decay_steps {optim.decay_steps}, which it ignores",
+        f"constant with optim.min_lr {optim.min_lr} and decay_steps {optim.decay_steps}, which it ignores",
         "neither of them with constant",
         "leave them out, or choose cosine or linear",
     )
@@ -274,7 +274,7 @@ def _divisors(value: int) -> str:
 
 
 def _pairs_near(world_size: int, tensor: int, pipeline: int) -> list[tuple[int, int]]:
-    """The up to three (tensor, pipeline) that fill `world_size` ranks and differ least from the wanted pair."""
+    """Up to three (tensor, pipeline) that fill `world_size` ranks and differ least from the wanted pair."""
     degrees = [n for n in range(1, world_size + 1) if world_size % n == 0]
     pairs = [(t, p) for t in degrees for p in degrees if world_size % (t * p) == 0]
     return sorted(pairs, key=lambda pair: (abs(pair[0] - tensor) + abs(pair[1] - pipeline), pair))[:3]

@@ -159,8 +159,8 @@ def _locate(tree: object, loc: tuple[str | int, ...]) -> _Spot:
     """Follow pydantic's `loc` through the types and the values.
 
     pydantic tries every member of a union and reports all of them, each under a label of its own. The member
-    that the value's own shape asks for is the one the user meant; errors of the others are told of the union as
-    a whole.
+    that the value's own shape asks for is the one the user meant; errors of the others are told of the union
+    as a whole.
     """
     spot = _Spot((), Config, tree)
     labels = iter(loc)

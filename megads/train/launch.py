@@ -1,15 +1,17 @@
 """`python -m megads launch --nproc N -- train CONFIG ...`: the parent of the ranks of one host.
 
-    check the input -> rendezvous of the hosts -> N x `python -m megads train CONFIG ...` -> watch -> one exit code
+    check the input -> rendezvous of the hosts -> N x `python -m megads train ...` -> watch -> one exit code
 
 Torch's elastic agent does rendezvous, ranks and environment. Added here: a wrong input ends before any rank
-starts; exit codes are passed on; the job is gone seconds after a rank died, whatever its peers do; and the last
-thing on the screen is the reason of the rank that failed first, with its global rank, not its peers' echoes.
+starts; exit codes are passed on; the job is gone seconds after a rank died, whatever its peers do; and the
+last thing on the screen is the reason of the rank that failed first, with its global rank, not its peers'
+echoes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -118,8 +120,8 @@ def check_input(command: Sequence[str], world_size: int) -> None:
 def run_ranks(command: Sequence[str], hosts: Hosts) -> int:
     """Run `command` once a rank, with torchrun's environment; returns the exit code of the job.
 
-    0 if every rank returned 0; 2 and 75 if the ranks did; 130 after Ctrl-C; 1 for any other failure, whose reason
-    is printed on stderr when all ranks are gone.
+    0 if every rank returned 0; 2 and 75 if the ranks did; 130 after Ctrl-C; 1 for any other failure. A failure's
+    reason is printed on stderr when all ranks are gone.
     """
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = FORWARDED
     os.environ["MEGADS_LAUNCHER"] = str(os.getpid())
@@ -204,7 +206,7 @@ def _worker_spec(command: Sequence[str], hosts: Hosts) -> WorkerSpec:
 
 
 class _Agent(LocalElasticAgent):
-    """Torch's agent; its ranks end in seconds (torch waits 30 s for a stopped one) and the first dead is known."""
+    """Torch's agent, but ranks end in seconds (torch waits 30 s for a stopped one) and the first dead is known."""
 
     def __init__(self, spec: WorkerSpec, scratch: str) -> None:
         super().__init__(spec, DefaultLogsSpecs(log_dir=scratch), shutdown_timeout=SAVE_PATIENCE)
@@ -281,10 +283,8 @@ class _Agent(LocalElasticAgent):
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
     """Signal a rank and its children (torch starts each rank as the leader of a group)."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # all of them are gone
         os.killpg(pid, number)
-    except ProcessLookupError:
-        pass  # all of them are gone
 
 
 def _read_death(rank: int, code: int, left: Path, *, is_told: bool) -> Death:
