@@ -80,9 +80,12 @@ def build_mesh(layout: Layout, rank: int, *, device: torch.device | None = None)
     handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
     groups = {}
     for axis in AXES:
-        ranks = next(members for members in layout.groups(axis) if rank in members)
-        if len(ranks) > 1 and ranks not in handles:
+        partition = layout.groups(axis)
+        ranks = next(members for members in partition if rank in members)
+        # torch names a group by its ranks and by how many groups this process has: a rank that is alone on an
+        # axis where others are not must create its group too, or later groups with them are never found.
+        if max(map(len, partition)) > 1 and ranks not in handles:
             handles[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
             dist.all_reduce(torch.zeros(1, device=device), group=handles[ranks])
-        groups[axis] = Group(ranks, ranks.index(rank), handles.get(ranks))
+        groups[axis] = Group(ranks, ranks.index(rank), handles[ranks] if len(ranks) > 1 else None)
     return Mesh(layout, rank, device, groups)
