@@ -186,10 +186,10 @@ class Schedule:
     Args:
         name: one word; the builder's name, or the user's.
         num_micro_batches: micro-batches of one optimizer step, >= 1.
-        placement: for each direction the rank of each stage. One direction, or two: then the first half of the
-            micro-batches runs through `placement[0]` and the second through `placement[1]` (DualPipe).
-        max_live: for each rank the most activations alive at a time (`live_counts`), declared so that `verify`
-            can prove it.
+        placement: for each direction the rank of each stage. One direction, or two: then the first half of
+            the micro-batches runs through `placement[0]` and the second through `placement[1]` (DualPipe).
+        max_live: for each rank the most activations alive at a time (`live_counts`), declared so that
+            `verify` can prove it.
         rows: for each rank its cells in order: compute alone, or lowered (with SEND, RECV and REDUCE).
 
     Raises:

@@ -1,15 +1,17 @@
 """From compute to what a rank really does: adds SEND, RECV and REDUCE to the rows of a schedule.
 
-The rows are walked in lock step, in an order in which every input is there before it is used. Whoever makes a
-value that another rank needs writes the SEND into its own row *and the RECV into the receiver's row, at once*:
+The rows are walked in lock step, in an order in which every input is there before it is used. Whoever makes
+a value that another rank needs writes the SEND into its own row *and the RECV into the receiver's row, at
+once*:
 
-    rank 0 | 0F0 0SEND_F0 0F1 0SEND_F1 ...              a RECV posts the buffer; the action that uses the value
-    rank 1 | 1RECV_F0 1F0 1SEND_F0 1RECV_F1 ...         waits for it
+    rank 0 | 0F0 0SEND_F0 0F1 0SEND_F1 ...              a RECV posts the buffer; the action that uses
+    rank 1 | 1RECV_F0 1F0 1SEND_F0 1RECV_F1 ...         the value waits for it
 
 So each pair of SEND and RECV took place at one moment of one order that all rows agree with. Running in that
-order is possible on any transport, even one where both sides block until they meet, and the queues of both ends
-of a pair name the same messages in the same order: there is no deadlock by construction. (The obvious other
-place, just before the use, deadlocks under 1F1B: rank 0 sends an activation while rank 1 sends a gradient.)
+order is possible on any transport, even one where both sides block until they meet, and the queues of both
+ends of a pair name the same messages in the same order: there is no deadlock by construction. (The obvious
+other place, just before the use, deadlocks under 1F1B: rank 0 sends an activation while rank 1 sends a
+gradient.)
 
 REDUCE of a stage follows its last backward work on a rank. Neighbouring stages on one rank exchange nothing.
 """
@@ -59,7 +61,7 @@ def message_of(schedule: Schedule, action: Action) -> Action | None:
 
 
 def lock_step(schedule: Schedule) -> Iterator[tuple[int, Cell]]:
-    """The compute cells as (rank, cell), each after all its inputs: rank by rank, one cell a round if it can run.
+    """The compute cells as (rank, cell), each after all its inputs: in rounds of at most one cell a rank.
 
     Raises:
         ScheduleError: the rows wait for each other for ever; the message shows where each one stands.

@@ -1,4 +1,4 @@
-"""Deals blocks (embedding, layers, head) to stages: contiguous runs whose largest cost is as small as it can be.
+"""Deals blocks (embedding, layers, head) to stages: contiguous runs, the most expensive as cheap as possible.
 
     blocks     embedding  7 layers                 head           4 stages, largest cost 10
     costs      1          4   4   4   4   4   4   4   6
@@ -77,7 +77,7 @@ def _stages_needed(sums: list[int], bound: int) -> int:
 
 
 def _most_even(sums: list[int], num_stages: int, bound: int) -> tuple[tuple[int, int], ...]:
-    """Of all partitions within the bound the one of least squares, early stages short; by dynamic programming.
+    """Of all partitions within the bound that of least squares, early stages short; by dynamic programming.
 
     From the last stage to the first: best[start] is (sum of squares, stops of the stages) of the blocks from
     `start` on. Tuples compare in the order of what matters.

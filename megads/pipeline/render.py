@@ -1,7 +1,7 @@
 """Draws schedules: a text grid of ranks x time, an SVG of the same, and the verb `python -m megads schedule`.
 
-    0 |F0F1F2F3......B0--F4B1--F5B2--..        one column or more a time unit; `-` the rest of an action,
-    1 |..F0F1F2..B0--F3B1--F4B2--..            `.` idle
+    0 |F0F1..B0--F2B1--..B2--      `-` is the rest of an action, `.` is idle time
+    1 |..F0B0--F1B1--F2B2--..
 
 What is drawn is the timeline that `simulate.py` computes; nothing here knows a schedule by name.
 """
@@ -56,7 +56,7 @@ def _label(schedule: Schedule, span: Span) -> str:
 
 
 def _columns_per_unit(timeline: Timeline, labels: list[list[str]]) -> float:
-    """Columns for a unit of time: just enough for every label (one to spare where durations are no multiples)."""
+    """Columns for a unit of time: enough for every label (one to spare if durations are no multiples)."""
     needs = [
         (len(name), span.stop - span.start)
         for row, names in zip(timeline.spans, labels, strict=True)
@@ -89,7 +89,7 @@ def svg(timeline: Timeline) -> str:
     spans = [(rank, span) for rank, row in enumerate(timeline.spans) for span in row]
     shortest = min((span.stop - span.start for _, span in spans if span.stop > span.start), default=1.0)
     label = max(len(_label(schedule, span)) for _, span in spans)
-    scale = (8 + 7 * label) / shortest  # pixels a time unit
+    scale = (10 + 7 * label) / shortest  # pixels a time unit
     left, top = 70, 84
     width = max(left + timeline.makespan * scale + 24, 560)
     bottom = top + _LINE * schedule.num_ranks
@@ -143,8 +143,9 @@ def _svg_span(schedule: Schedule, span: Span, left: float, y: float, scale: floa
     for index, action in enumerate(actions):
         top = y + index * height
         parts.append(
-            f'<rect x="{x + 0.5:.2f}" y="{top:.2f}" width="{max(width - 1, 0.5):.2f}" height="{height:.2f}" rx="3" '
-            f'fill="{_COLORS[action.kind][0]}"><title>{action}: {span.start:g} to {span.stop:g}</title></rect>'
+            f'<rect x="{x + 0.5:.2f}" y="{top:.2f}" width="{max(width - 1, 0.5):.2f}" height="{height:.2f}" '
+            f'rx="3" fill="{_COLORS[action.kind][0]}">'
+            f"<title>{action}: {span.start:g} to {span.stop:g}</title></rect>"
         )
         name = _label(schedule, Span(action, span.start, span.stop))
         size = 12 if len(actions) == 1 else 10
@@ -195,7 +196,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megads schedule",
-        description="Prove a pipeline schedule, draw it, and say its bubble and its peak of live activations.",
+        description="Prove a pipeline schedule, draw it, and say its bubble and its memory.",
     )
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(SCHEDULES)}, or a file in the text form")
     parser.add_argument("--stages", type=int, metavar="P", help="pipeline ranks (a file says so itself)")
@@ -261,8 +262,8 @@ def _report(arguments: argparse.Namespace, timeline: Timeline) -> str:
     idle = sorted(timeline.idle)
     spread = f"{idle[0]:g}" if idle[-1] - idle[0] < 1e-9 else f"{idle[0]:g} to {idle[-1]:g}"
     lines = [
-        f"{schedule.name}: {schedule.num_stages} stages on {num_ranks} ranks, {num_micro_batches} micro-batches, "
-        f"F = {forward:g}, B = {backward:g}",
+        f"{schedule.name}: {schedule.num_stages} stages on {num_ranks} ranks, "
+        f"{num_micro_batches} micro-batches, F = {forward:g}, B = {backward:g}",
         "",
         text_grid(timeline),
         "",

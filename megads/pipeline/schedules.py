@@ -1,8 +1,8 @@
-"""The builders: pure functions of (stages, micro-batches) that give a `Schedule`, and the table of their names.
+"""The builders: pure functions (stages, micro-batches) -> `Schedule`, and the table of their names.
 
     GPipe:  all forwards, then all backwards.       1F1B:  as few forwards ahead as keep the last stage busy.
-    rank 0 | F F F F . . B B B B                    rank 0 | F F . . B F B F B . B     at most p alive
-    rank 1 | . F F F F B B B B .                    rank 1 | . F B . F B . F B F B ... at most 1 alive
+    rank 0 | F F F F . . B B B B                    rank 0 | F F . . B F B F B . B     at most 2 alive
+    rank 1 | . F F F F B B B B .                    rank 1 | . F B F B F B F B .     at most 1 alive
 
 A new schedule is a builder and a row of `SCHEDULES`. Sends, receives and reductions are not written here
 (`lower.py` adds them), and no builder has to be trusted: `verify.py` proves what it returns.
@@ -23,7 +23,8 @@ from megads.pipeline.action import Action, Kind, Row, Schedule, parse_schedule
 def gpipe(num_stages: int, num_micro_batches: int) -> Schedule:
     """GPipe: every forward, then every backward, both in order; one stage a rank.
 
-    Bubble (p - 1)(F + B) a rank; m live activations on each rank. Source: Narayanan et al., SC'21, section 2.2.1.
+    Bubble (p - 1)(F + B) a rank; m live activations on each rank. Source: Narayanan et al., SC'21,
+    section 2.2.1.
 
     Raises:
         ScheduleError: a count below 1.
@@ -78,8 +79,8 @@ class Recipe:
 
     Args:
         build: (num_stages, num_micro_batches) -> Schedule.
-        bubble: (num_stages, num_micro_batches, forward, backward) -> idle time of each rank, in closed form, in
-            the unit of the two durations (those of one stage), every stage costing the same.
+        bubble: (num_stages, num_micro_batches, forward, backward) -> idle time of each rank, in closed form,
+            in the unit of the two durations (those of one stage), every stage costing the same.
         bubble_formula: the same for a reader.
     """
 

@@ -3,9 +3,9 @@
     rank 0 | F0 F1 F2 F3 .........          idle (.) is the bubble: makespan less the rank's own work
     rank 1 | .. F0 F1 F2 F3 B0----
 
-Compute runs in row order, each action as soon as its rank is free and its inputs are there. Messages cost pure
-latency and no rank's time (sent at once, received early); SEND, RECV and REDUCE of a lowered schedule take no
-time. So the figures are the floor that a transport which overlaps perfectly would reach.
+Compute runs in row order, each action as soon as its rank is free and its inputs are there. Messages cost
+pure latency and no rank's time (sent at once, received early); SEND, RECV and REDUCE of a lowered schedule
+take no time. So the figures are the floor that a transport which overlaps perfectly would reach.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ What is proven, in this order (so that the first complaint is the root of the tr
     reduction  one REDUCE a stage and rank, after all backward work of that stage on that rank
     progress   no deadlock on any of three transports, from a rendezvous that blocks both sides to free queues
 
-Nothing is assumed of where a schedule comes from: builders, `lower` and hand-written files pass the same door.
+Nothing is assumed of where a schedule comes from: builders, `lower` and hand-written files take one door.
 """
 
 from __future__ import annotations
@@ -203,15 +203,15 @@ class Transport(Enum):
     RENDEZVOUS = "a blocking rendezvous"
     """Both sides stand still until they meet (MPI's synchronous send)."""
     PAIR = "one in-order queue a pair of ranks"
-    """Posting never waits, but sends *and* receives of a pair complete in the order posted (one NCCL communicator)."""
+    """Posting never waits; sends *and* receives of a pair complete in the order posted (NCCL)."""
     DIRECTION = "one in-order queue a direction"
     """Posting never waits; messages of one direction complete in the order posted (gloo)."""
 
 
 def stuck(schedule: Schedule, transport: Transport) -> dict[int, int]:
-    """Run a lowered schedule without times: where each rank stands for ever, or {} if every row ran to its end.
+    """Run a lowered schedule without times: where each rank stands for ever, or {} if every row ran out.
 
-    One run decides, because which cell of a rank can run next never hangs on the rank that is looked at first.
+    One run decides, because which cell of a rank can run next does not hang on whom we look at first.
     The messages must be matched, as `verify` checks before it asks.
     """
     run = _Run(schedule, transport)

@@ -1,0 +1,125 @@
+"""Sends, receives and reductions: against torch's lowering, and on every transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from megads.errors import ScheduleError
+from megads.pipeline.action import Action, Cell, Kind, Schedule, parse_schedule
+from megads.pipeline.lower import lower
+from megads.pipeline.schedules import SCHEDULES, build
+from megads.pipeline.verify import Transport, stuck, verify
+
+SIZES = [(1, 1), (1, 4), (2, 1), (2, 5), (3, 2), (4, 8), (4, 7), (8, 3), (8, 20), (16, 33)]
+LATER = [("Interleaved1F1B", 2), ("Interleaved1F1B", 3), ("LoopedBFS", 2), ("InterleavedZeroBubble", 2),
+         ("ZBVZeroBubble", 2), ("DualPipeV", 2)]  # fmt: skip
+
+
+def receives_before_use(schedule: Schedule) -> Schedule:
+    """The obvious wrong lowering: every RECV just before the action that uses it."""
+    rows: list[tuple[Cell, ...]] = []
+    for row in schedule.rows:
+        receives = {str(cell) for cell in row if isinstance(cell, Action) and cell.kind.is_receive}
+        late: list[Cell] = []
+        for cell in row:
+            if str(cell) in receives:
+                continue
+            for action in cell.actions:
+                kind = Kind.RECV_F if action.kind is Kind.F else Kind.RECV_B
+                receive = Action(kind, action.stage, action.micro_batch)
+                if action.is_compute and action.kind is not Kind.W and str(receive) in receives:
+                    late.append(receive)
+            late.append(cell)
+        rows.append(tuple(late))
+    return replace(schedule, rows=tuple(rows))
+
+
+def without_reductions(rows: tuple[tuple[Cell, ...], ...]) -> tuple[tuple[Cell, ...], ...]:
+    return tuple(tuple(cell for cell in row if not str(cell).endswith("REDUCE")) for row in rows)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("num_stages", "num_micro_batches"), SIZES)
+def test_lowering_equals_torch_and_is_proven(
+    name: str, num_stages: int, num_micro_batches: int, torch_lowered_rows: Callable[[Schedule], object]
+) -> None:
+    schedule = build(name, num_stages=num_stages, num_micro_batches=num_micro_batches)
+    lowered = lower(schedule)
+    assert without_reductions(lowered.rows) == torch_lowered_rows(schedule)
+    verify(lowered)
+    assert all(stuck(lowered, transport) == {} for transport in Transport)
+
+
+@pytest.mark.parametrize(("theirs", "num_chunks"), LATER)
+def test_the_vocabulary_admits_the_schedules_to_come(
+    theirs: str,
+    num_chunks: int,
+    torch_schedule: Callable[..., Schedule],
+    torch_lowered_rows: Callable[[Schedule], object],
+) -> None:
+    """Several stages a rank, V-shaped placement, split backward, overlapped pairs, as torch builds them."""
+    schedule = torch_schedule(theirs, 4, 8, num_chunks)
+    lowered = lower(schedule)
+    assert without_reductions(lowered.rows) == torch_lowered_rows(schedule)
+    verify(schedule)
+    verify(lowered)
+
+
+def test_two_directions() -> None:
+    """Each rank holds both stages and reduces both; the transports carry both directions."""
+    schedule = parse_schedule(
+        "schedule tiny_dualpipe\nmicro_batches 2\nplacement 0 1 | 1 0\nmax_live 2 2\n"
+        "rank 0: 0F0 1F1 1B1 0B0\nrank 1: 0F1 1F0 1B0 0B1"
+    )
+    verify(schedule)
+    for row in lower(schedule).rows:
+        assert [str(cell) for cell in row if str(cell).endswith("REDUCE")] == ["1REDUCE", "0REDUCE"]
+
+
+@pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(2, 3), (4, 8), (8, 20)])
+def test_receives_just_before_use_deadlock(num_stages: int, num_micro_batches: int) -> None:
+    """Why the sender writes the RECV: the same 1F1B with late receives hangs on two of three transports."""
+    late = receives_before_use(
+        lower(build("one_f_one_b", num_stages=num_stages, num_micro_batches=num_micro_batches))
+    )
+    assert stuck(late, Transport.RENDEZVOUS)
+    assert stuck(late, Transport.PAIR)
+    assert stuck(late, Transport.DIRECTION) == {}
+    with pytest.raises(ScheduleError, match=r"deadlock on a blocking rendezvous(.|\n)*\["):
+        verify(late)
+    verify(receives_before_use(lower(build("gpipe", num_stages=num_stages, num_micro_batches=3))))
+
+
+def test_neighbours_on_one_rank_exchange_nothing() -> None:
+    schedule = parse_schedule(
+        "schedule v\nmicro_batches 1\nplacement 0 1 1 0\nmax_live 2 2\n"
+        "rank 0: 0F0 3F0 3B0 0B0\nrank 1: 1F0 2F0 2B0 1B0"
+    )
+    verify(schedule)
+    names = " ".join(map(str, lower(schedule).rows[1]))
+    assert names == "1RECV_F0 1F0 2F0 2SEND_F0 2RECV_B0 2B0 2REDUCE 1B0 1SEND_B0 1REDUCE"
+
+
+def test_reduce_follows_the_last_backward() -> None:
+    for row in lower(build("one_f_one_b", num_stages=3, num_micro_batches=4)).rows:
+        names = [str(cell) for cell in row]
+        assert names[-1].endswith("REDUCE")
+        assert sum(name.endswith("REDUCE") for name in names) == 1
+
+
+def test_lowering_twice_is_refused() -> None:
+    with pytest.raises(ScheduleError, match="already"):
+        lower(lower(build("gpipe", num_stages=2, num_micro_batches=2)))
+
+
+def test_rows_that_wait_for_each_other_are_shown() -> None:
+    schedule = parse_schedule(
+        "schedule knot\nmicro_batches 2\nplacement 0 1\nmax_live 2 2\n"
+        "rank 0: 0F0 0B0 0F1 0B1\nrank 1: 1F0 1F1 1B0 1B1"
+    )
+    for prove in (lower, verify):
+        with pytest.raises(ScheduleError, match=r"waits for another(.|\n)*0F0 \[0B0\](.|\n)*1F0 \[1F1\]"):
+            prove(schedule)

@@ -1,0 +1,152 @@
+"""Times against closed forms, against a longest path, and against torch's own schedules to come."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+
+import pytest
+
+from megads.errors import ScheduleError
+from megads.pipeline.action import Action, Kind, Schedule, parse_schedule
+from megads.pipeline.lower import lower
+from megads.pipeline.schedules import SCHEDULES, build
+from megads.pipeline.simulate import Costs, Timeline, equal_costs, simulate, split_costs
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_bubble_and_peak_equal_the_closed_forms(name: str) -> None:
+    """(p-1)(F+B) on every rank, whatever m; for m <= p the whole is (m+p-1)(F+B)."""
+    random_ = random.Random(name)
+    for _ in range(80):
+        p, m = random_.randint(1, 8), random_.randint(1, 20)
+        forward, backward = random_.uniform(0.1, 5), random_.uniform(0.1, 5)
+        schedule = build(name, num_stages=p, num_micro_batches=m)
+        timeline = simulate(schedule, equal_costs(p, forward=forward, backward=backward))
+        bubble = SCHEDULES[name].bubble(p, m, forward, backward)
+        assert bubble == pytest.approx((p - 1) * (forward + backward), rel=1e-12)
+        assert timeline.idle == pytest.approx([bubble] * p, abs=1e-9)
+        assert timeline.makespan == pytest.approx((m + p - 1) * (forward + backward), abs=1e-9)
+        assert timeline.bubble_fraction == pytest.approx((p - 1) / (m + p - 1), abs=1e-9)
+        assert timeline.peak_live == schedule.max_live
+
+
+def longest_path(schedule: Schedule, costs: Costs) -> float:
+    """Makespan by relaxing every edge until nothing moves: row order, data, latency. Single B only."""
+    ranks = {(a.kind, a.stage, a.micro_batch): r for r, _, cell in schedule.cells() for a in cell.actions}
+    edges: list[tuple[Action, Action, float]] = []
+    for row in schedule.rows:
+        actions = [action for cell in row for action in cell.actions]
+        edges += [(a, b, 0.0) for a, b in itertools.pairwise(actions)]
+    for kind, stage, m in ranks:
+        if kind is Kind.F and stage + 1 < schedule.num_stages:
+            edges.append((Action(Kind.F, stage, m), Action(Kind.F, stage + 1, m), costs.latency))
+        if kind is Kind.B and stage > 0:
+            edges.append((Action(Kind.B, stage, m), Action(Kind.B, stage - 1, m), costs.latency))
+
+    def cost(action: Action) -> float:
+        return (costs.forward if action.kind is Kind.F else costs.backward)[action.stage]
+
+    start = {Action(*key): 0.0 for key in ranks}
+    moved = True
+    while moved:
+        moved = False
+        for a, b, delay in edges:
+            if start[a] + cost(a) + delay > start[b]:
+                start[b], moved = start[a] + cost(a) + delay, True
+    return max(start[action] + cost(action) for action in start)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_uneven_costs_and_latency_equal_the_longest_path(name: str) -> None:
+    random_ = random.Random(name)
+    for _ in range(20):
+        p, m = random_.randint(1, 5), random_.randint(1, 6)
+        draws = [[random_.uniform(0.1, 3) for _ in range(p)] for _ in range(3)]
+        costs = split_costs(
+            draws[0], input_gradient=draws[1], weight_gradient=draws[2], latency=random_.uniform(0, 1)
+        )
+        schedule = build(name, num_stages=p, num_micro_batches=m)
+        timeline = simulate(schedule, costs)
+        assert timeline.makespan == pytest.approx(longest_path(schedule, costs), abs=1e-9)
+        for stage in range(p):
+            work = m * (costs.forward[stage] + costs.backward[stage])
+            assert timeline.idle[stage] == pytest.approx(timeline.makespan - work, abs=1e-9)
+        lowered = simulate(lower(schedule), costs)
+        assert (lowered.spans, lowered.idle, lowered.peak_live) == (
+            timeline.spans,
+            timeline.idle,
+            timeline.peak_live,
+        )
+
+
+def test_one_micro_batch_pays_every_hop() -> None:
+    timeline = simulate(
+        build("gpipe", num_stages=4, num_micro_batches=1), equal_costs(4, forward=2, backward=3, latency=0.5)
+    )
+    assert timeline.makespan == 4 * 5 + 6 * 0.5
+    assert [(str(span.cell), span.start, span.stop) for span in timeline.spans[1]] == [
+        ("1F0", 2.5, 4.5),
+        ("1B0", 16.5, 19.5),
+    ]
+
+
+def spans_idle(timeline: Timeline) -> list[float]:
+    """Idle time between a rank's own first start and last stop (how zero-bubble papers count)."""
+    return [
+        row[-1].stop - row[0].start - sum(span.stop - span.start for span in row) for row in timeline.spans
+    ]
+
+
+def test_schedules_to_come_have_their_known_bubbles(torch_schedule: Callable[..., Schedule]) -> None:
+    """Published values: interleaving divides the bubble by v, ZB-V has none at F = I = W, and the peaks."""
+    chunks = equal_costs(8, forward=0.5, backward=1.0)
+    interleaved = simulate(torch_schedule("Interleaved1F1B", 4, 8, 2), chunks)
+    assert interleaved.idle == pytest.approx([3 * 3 / 2] * 4, abs=1e-9)
+    assert interleaved.bubble_fraction == pytest.approx(0.158, abs=5e-4)
+    assert interleaved.peak_live == tuple(2 * (4 - 1 - r) + 4 + 1 for r in range(4))
+    zbv = simulate(torch_schedule("ZBVZeroBubble", 4, 12, 2), equal_costs(8, forward=1, backward=2))
+    assert spans_idle(zbv) == pytest.approx([0.0] * 4, abs=1e-9)
+    assert max(zbv.peak_live) == 8
+    dualpipe_v = simulate(torch_schedule("DualPipeV", 4, 12, 2), equal_costs(8, forward=1, backward=2))
+    assert max(dualpipe_v.peak_live) == 9
+
+
+def test_split_and_overlapped_cells() -> None:
+    schedule = parse_schedule(
+        "schedule pair\nmicro_batches 2\nplacement 0\nmax_live 2\nrank 0: 0F0 (0F1+0I0) 0W0 0B1\n"
+    )
+    costs = split_costs([1.0], input_gradient=[3.0], weight_gradient=[5.0])
+    timeline = simulate(schedule, costs)
+    assert [span.stop for span in timeline.spans[0]] == [1, 5, 10, 18]
+    assert timeline.peak_live == (2,)
+
+
+def test_costs_of_nothing() -> None:
+    timeline = simulate(
+        build("gpipe", num_stages=2, num_micro_batches=2), equal_costs(2, forward=0, backward=0)
+    )
+    assert (timeline.makespan, timeline.bubble_fraction) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        (equal_costs(3), r"costs.forward is not one number a stage(.|\n)*3(.|\n)*2"),
+        (equal_costs(2, forward=-1.0), "costs.forward has a duration"),
+        (equal_costs(2, backward=float("nan")), "costs.backward has a duration"),
+        (equal_costs(2, latency=-1.0), "costs.latency"),
+    ],
+)
+def test_wrong_costs_are_refused(costs: Costs, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        simulate(build("gpipe", num_stages=2, num_micro_batches=2), costs)
+
+
+def test_rows_that_wait_for_each_other_cannot_be_timed() -> None:
+    schedule = parse_schedule(
+        "schedule knot\nmicro_batches 1\nplacement 0 1\nmax_live 1 1\nrank 0: 0B0 0F0\nrank 1: 1F0 1B0\n"
+    )
+    with pytest.raises(ScheduleError, match="waits for another"):
+        simulate(schedule, equal_costs(2))
