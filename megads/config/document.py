@@ -143,8 +143,8 @@ def write(tree: Mapping[str, object]) -> str:
     """The YAML text of plain values, one section a block; `parse` gives the same values back."""
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False  # type: ignore[assignment]
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # the library says None
     yaml.width = 4096
     yaml.allow_unicode = True
     yaml.dump(dict(tree), stream)

@@ -212,7 +212,7 @@ def _refuse_override(path: KeyPath) -> str | None:
     sections = section_keys(Config)
     section = next((key for key in sections if key.name == path[0]), None)
     if section is None:
-        return _unknown(path if len(path) == 1 else path[:1], sections, whole=path)
+        return _unknown(path[:1], sections, rest=path[1:])
     if len(path) == 1:
         return f"a section (allowed: {path[0]}.KEY=VALUE with KEY of {legal_values(section.kind)})"
     keys = section_keys(section.kind) if isinstance(section.kind, type) else ()
@@ -223,16 +223,17 @@ def _refuse_override(path: KeyPath) -> str | None:
     return None
 
 
-def _unknown(path: KeyPath, siblings: Sequence[Key], *, whole: KeyPath | None = None) -> str:
-    """The words for a key that does not exist: the nearest one, and those that may stand there."""
+def _unknown(path: KeyPath, siblings: Sequence[Key], *, rest: KeyPath = ()) -> str:
+    """The words for a key that does not exist: the nearest one, and those that may stand there.
+
+    `rest`: what was written below the key.
+    """
     names = [key.name for key in all_keys()]
-    leaf = str((whole or path)[-1])
-    near = [
-        _dotted((*path[:-1], name))
-        for name in difflib.get_close_matches(str(path[-1]), _names(siblings), n=1)
-    ]
+    leaf = (*path, *rest)[-1]
+    close = difflib.get_close_matches(str(path[-1]), _names(siblings), n=1)
+    near = [_dotted((*path[:-1], name, *rest)) for name in close]
     near += [name for name in names if name.rpartition(".")[2] == leaf]
-    near += difflib.get_close_matches(_dotted(whole or path), names, n=1)
+    near += difflib.get_close_matches(_dotted((*path, *rest)), names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"unknown key{hint} (allowed: {', '.join(_names(siblings))})"
 

@@ -38,7 +38,7 @@ class OptimConfig:
     precision: Literal["fp32", "fp64"] = "fp32"
     """Arithmetic of weights, activations and optimizer."""
     engine: Literal["native"] = "native"
-    """Optimizer engine."""
+    """Optimizer engine. native: megads' own ZeRO, which needs torch alone."""
     zero_stage: Annotated[int, Field(ge=0, le=1)] = 0
     """ZeRO stage: 0 keeps all optimizer state on each data-parallel rank, 1 shards it over them."""
     bucket_elements: PositiveInt = 25_000_000
