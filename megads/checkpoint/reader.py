@@ -1,0 +1,134 @@
+"""A committed step, opened for reading: the manifest, and chunks whose bytes have been checked.
+
+The one place that reads checkpoint files; loading, verifying and describing stand on it. No torch: values are
+bytes here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megads.checkpoint.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Chunk,
+    DamageError,
+    Manifest,
+    decode,
+    hash_bytes,
+)
+from megads.checkpoint.store import Store, describe_failure
+from megads.errors import CheckpointError
+
+STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    """Name of a step's directory."""
+    return f"step-{step:08d}"
+
+
+@dataclass(frozen=True, slots=True)
+class StepReader:
+    """One committed step.
+
+    Attributes:
+        path: its directory.
+        manifest: checked against its own hash and bounds.
+        digest: hash of the manifest's bytes: equal on every rank that reads the same step.
+        store: the storage calls.
+    """
+
+    path: Path
+    manifest: Manifest
+    digest: str
+    store: Store
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was saved."""
+        return self.manifest.step
+
+    @property
+    def objects(self) -> Mapping[str, Any]:
+        """The small JSON values that were saved with it."""
+        return self.manifest.objects
+
+    def file_problem(self, name: str) -> str | None:
+        """Why the file `name` cannot be right, judged by its kind and size; None if it may be."""
+        path = self.path / name
+        try:
+            kind = self.store.kind(path)
+            if kind == "missing":
+                return f"{path}: missing"
+            if kind != "file":
+                what = "directory" if kind == "directory" else "link, pipe or device"
+                return f"{path}: a {what} in place of the file"
+            found, expected = self.store.size(path), self.manifest.files[name].size
+        except OSError as error:
+            return describe_failure(error)
+        return None if found == expected else f"{path}: {found} bytes, {expected} were saved"
+
+    def read_chunk(self, chunk: Chunk, *, name: str) -> bytearray:
+        """The bytes of a chunk of tensor `name`, checked: what is returned is what was hashed.
+
+        Raises:
+            DamageError: they cannot be read, or are not those that were saved.
+        """
+        path = self.path / chunk.file
+        where = f"{path}: damaged at bytes {chunk.offset}..{chunk.offset + chunk.size}, tensor {name}"
+        try:
+            data = self.store.read(path, chunk.offset, chunk.size)
+        except OSError as error:
+            raise DamageError(where, found=describe_failure(error)) from error
+        if len(data) != chunk.size:
+            raise DamageError(where, found=f"{len(data)} bytes", allowed=f"{chunk.size} bytes")
+        found = hash_bytes(data)
+        if found != chunk.blake3:
+            raise DamageError(
+                where, found=f"hash {found[:16]}", allowed=f"hash {chunk.blake3[:16]}, as saved"
+            )
+        return data
+
+
+def open_step(path: str | Path, *, store: Store | None = None) -> StepReader:
+    """Open a step's directory; reads its manifest and nothing else.
+
+    Raises:
+        CheckpointError: no such directory, or a newer format.
+        DamageError: the manifest is missing, damaged or of another step.
+    """
+    path, store = Path(path), store or Store()
+    kind = store.kind(path)
+    if kind != "directory":
+        error = DamageError if kind != "missing" and STEP_NAME.fullmatch(path.name) else CheckpointError
+        raise error(
+            f"{path}: no checkpoint",
+            found="nothing there" if kind == "missing" else f"a {kind} that is no directory",
+            allowed=f"the directory of a step, with its {MANIFEST_NAME}",
+        )
+    file = path / MANIFEST_NAME
+    if store.kind(file) != "file":
+        raise DamageError(
+            f"{file}: no manifest", found=store.kind(file), allowed="the file that is written last in a save"
+        )
+    try:
+        size = store.size(file)
+        data = store.read(file, 0, min(size, MAX_MANIFEST_BYTES + 1))
+    except OSError as failure:
+        raise DamageError(f"{file}: cannot be read", found=describe_failure(failure)) from failure
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise DamageError(
+            f"{file}: too large for a manifest", found=f"{size} bytes", allowed=MAX_MANIFEST_BYTES
+        )
+    manifest = decode(data, where=str(file))
+    match = STEP_NAME.fullmatch(path.name)
+    if match is not None and int(match[1]) != manifest.step:
+        raise DamageError(
+            f"{file}: of another step", found=f"step {manifest.step}", allowed=f"step {int(match[1])}"
+        )
+    return StepReader(path, manifest, hash_bytes(data), store)

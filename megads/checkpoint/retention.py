@@ -1,0 +1,110 @@
+"""Which steps a directory holds, and the removal of old ones. Which one to load: `choice.py`. No torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megads.checkpoint.commit import TEMPORARY_PREFIX
+from megads.checkpoint.manifest import MANIFEST_NAME, DamageError
+from megads.checkpoint.reader import STEP_NAME, StepReader, open_step
+from megads.checkpoint.store import Store, describe_failure, remove_tree
+from megads.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+
+
+def step_paths(directory: Path, *, store: Store) -> list[Path]:
+    """Everything that has a step's name, damaged or not, newest first; none if the directory is missing.
+
+    Raises:
+        CheckpointError: it is no directory, or cannot be listed.
+    """
+    kind = store.kind(directory)
+    if kind == "missing":
+        return []
+    if kind != "directory":
+        raise CheckpointError(f"{directory}: not a directory", found=kind, allowed="a directory of steps")
+    try:
+        names = [name for name in store.entries(directory) if STEP_NAME.fullmatch(name)]
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be listed", found=describe_failure(error)) from error
+    return [directory / name for name in sorted(names, key=lambda name: (len(name), name), reverse=True)]
+
+
+def committed_steps(directory: str | Path, *, store: Store | None = None) -> list[Path]:
+    """The steps whose manifest is right, newest first."""
+    store = store or Store()
+    return [path for path in step_paths(Path(directory), store=store) if damage(path, store=store) is None]
+
+
+def newest_step(directory: str | Path, *, store: Store | None = None) -> Path | None:
+    """The newest committed step, or None."""
+    return next(iter(committed_steps(directory, store=store)), None)
+
+
+def damage(path: Path, *, store: Store) -> str | None:
+    """What is visibly wrong with a step: its manifest, or a file's kind or size. Reads no tensor."""
+    try:
+        reader = open_step(path, store=store)
+    except DamageError as error:
+        return str(error)
+    return next(iter(file_problems(reader)), None)
+
+
+def file_problems(reader: StepReader) -> Sequence[str]:
+    """Files of the wrong kind or size."""
+    return [problem for name in reader.manifest.files if (problem := reader.file_problem(name)) is not None]
+
+
+def prune(directory: str | Path, keep: int | None, *, store: Store | None = None) -> list[Path]:
+    """Remove all but the `keep` newest committed steps; returns those removed. Call on one rank, after a commit.
+
+    Damaged steps neither count nor are removed. A step first loses its name, so that a half-removed one is never
+    loaded. A failure is a warning. None: all are kept.
+    """
+    if keep is None:
+        return []
+    store, removed = store or Store(), []
+    for path in reversed(committed_steps(directory, store=store)[max(keep, 1) :]):
+        doomed = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}-{os.urandom(4).hex()}")
+        try:
+            store.rename(path, doomed)
+            removed.append(path)
+            remove_tree(store, doomed)
+        except OSError as error:
+            _log.warning("old step %s is not removed: %s", path, describe_failure(error))
+    return removed
+
+
+def set_aside_newer(directory: Path, step: int, *, store: Store) -> list[Path]:
+    """Rename the steps after `step` to `set-aside-step-NNNNNNNN`, so that none is taken for the newest.
+
+    Returns the new paths.
+
+    Raises:
+        CheckpointError: a rename failed.
+    """
+    moved = []
+    for path in step_paths(directory, store=store):
+        if int(path.name.removeprefix("step-")) <= step:
+            continue
+        target, number = directory / f"set-aside-{path.name}", 1
+        while store.kind(target) != "missing":
+            target, number = directory / f"set-aside-{path.name}.{number}", number + 1
+        try:
+            store.rename(path, target)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be set aside", found=describe_failure(error)) from error
+        _log.warning("%s is newer than the step that is loaded: set aside as %s", path, target.name)
+        moved.append(target)
+    return moved
+
+
+def steps_at(path: Path, *, store: Store) -> list[Path]:
+    """The steps a user means by `path`, newest first: itself, those in it, or those in its `checkpoints`."""
+    if STEP_NAME.fullmatch(path.name) or store.kind(path / MANIFEST_NAME) != "missing":
+        return [path]
+    return step_paths(path / "checkpoints", store=store) or step_paths(path, store=store)
