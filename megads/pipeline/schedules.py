@@ -1,7 +1,7 @@
 """The builders: pure functions (stages, micro-batches) -> `Schedule`, and the table of their names.
 
     GPipe:  all forwards, then all backwards.       1F1B:  as few forwards ahead as keep the last stage busy.
-    rank 0 | F F F F . . B B B B                    rank 0 | F F . . B F B F B . B     at most 2 alive
+    rank 0 | F F F F . . B B B B                    rank 0 | F F . B F B F B . B     at most 2 alive
     rank 1 | . F F F F B B B B .                    rank 1 | . F B F B F B F B .     at most 1 alive
 
 A new schedule is a builder and a row of `SCHEDULES`. Sends, receives and reductions are not written here

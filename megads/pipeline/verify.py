@@ -215,7 +215,9 @@ def stuck(schedule: Schedule, transport: Transport) -> dict[int, int]:
     The messages must be matched, as `verify` checks before it asks.
     """
     run = _Run(schedule, transport)
-    while any(run.advance(rank) for rank in range(schedule.num_ranks)):
+    while sum(
+        run.advance(rank) for rank in range(schedule.num_ranks)
+    ):  # whole sweeps: any() stops at the first
         pass
     rows = enumerate(schedule.rows)
     return {rank: run.cursors[rank] for rank, row in rows if run.cursors[rank] < len(row)}
