@@ -158,7 +158,8 @@ def batch_fills_ranks(config: Config, world_size: int) -> Finding | None:
     unit = micro * replicas
     return Finding(
         "batch.global",
-        f"{total}; {total} / ({micro} batch.micro x {replicas} data-parallel ranks) = {total / unit:.4g}",
+        f"{total}; {total} / (batch.micro {micro} x {replicas} data-parallel ranks) = "
+        f"{total / unit:.4g} micro-batches",
         f"a multiple of {unit}: {_multiples(total, unit)}",
     )
 

@@ -44,6 +44,13 @@ SAVE_PATIENCE = 120  # ... to finish a step and save it, after any other signal
 
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
+# Torch tells what it does to the ranks, in many lines; the reason of the end is told here, in one.
+TORCH_LOGGERS = (
+    "torch.distributed.elastic",
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.agent.server.local_elastic_agent",
+)
+
 # What a rank says when another one is gone: never the reason, if any other rank has one.
 ECHO_TYPES = ("RankError", "DistBackendError", "DistNetworkError", "DistStoreError", "KeyboardInterrupt")
 ECHO_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
@@ -120,14 +127,15 @@ def check_input(command: Sequence[str], world_size: int) -> None:
 def run_ranks(command: Sequence[str], hosts: Hosts) -> int:
     """Run `command` once a rank, with torchrun's environment; returns the exit code of the job.
 
-    0 if every rank returned 0; 2 and 75 if the ranks did; 130 after Ctrl-C; 1 for any other failure. A failure's
-    reason is printed on stderr when all ranks are gone.
+    0 if every rank returned 0; 2 and 75 if the ranks did; 130 after Ctrl-C; 1 for any other failure. The
+    reason of a failure is printed on stderr when all ranks are gone.
     """
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = FORWARDED
     os.environ["MEGADS_LAUNCHER"] = str(os.getpid())
     if hosts.num_local_ranks > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in TORCH_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="megads-launch-") as scratch:
         agent = _Agent(_worker_spec(command, hosts), scratch)
         stopped_by = None
@@ -206,7 +214,7 @@ def _worker_spec(command: Sequence[str], hosts: Hosts) -> WorkerSpec:
 
 
 class _Agent(LocalElasticAgent):
-    """Torch's agent, but ranks end in seconds (torch waits 30 s for a stopped one) and the first dead is known."""
+    """Torch's agent, whose ranks end in seconds (torch waits 30 s for a stopped one)."""
 
     def __init__(self, spec: WorkerSpec, scratch: str) -> None:
         super().__init__(spec, DefaultLogsSpecs(log_dir=scratch), shutdown_timeout=SAVE_PATIENCE)

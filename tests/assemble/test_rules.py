@@ -1,0 +1,126 @@
+"""`assemble/rules.py`: every rule of the table says no to its example, names the key, and offers what then passes."""
+
+# ruff: noqa: E501  (a table of one line a rule)
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megads.assemble.rules import RULES, Finding, check, findings
+from megads.config.load import load
+from megads.config.root import Config
+from megads.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+RANKS = {"quickstart": 4, "gpt2-124m": 8, "llama-1b": 8, "llama-8b": 64}
+
+BASE = """\
+run: {steps: 10}
+model: {family: llama, layers: 2, hidden: 48, heads: 6}
+batch: {global: 12}
+data: {train: corpus, tokenizer: t.model, sequence_length: 8}
+optim: {lr: 1e-3}
+"""
+
+# rule -> (overrides that break it, ranks, key, words of the finding, overrides that heal it)
+EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
+    "ranks_fill_layout": (["parallel.tensor=2", "parallel.pipeline=2"], 6, "parallel.tensor x parallel.pipeline", ["2 x 2 = 4", "6 / 4 = 1.5", "4 or 8 ranks", "tensor 2 x pipeline 1", "tensor 1 x pipeline 2"], ["parallel.pipeline=1"]),
+    "heads_fill_tensor": (["parallel.tensor=4"], 4, "parallel.tensor", ["6 / 4 = 1.5", "1, 2, 3, 6", "4 or 8 heads"], ["parallel.tensor=2"]),
+    "kv_heads_fill_tensor": (["parallel.tensor=2", "model.kv_heads=3"], 2, "parallel.tensor", ["3 / 2 = 1.5", "1, 3"], ["model.kv_heads=2"]),
+    "ffn_fills_tensor": (["parallel.tensor=3", "model.ffn=100"], 3, "model.ffn", ["100 / parallel.tensor 3 = 33.3333", "99 or 102"], ["model.ffn=102"]),
+    "heads_share_kv_heads": (["model.kv_heads=4"], 1, "model.kv_heads", ["6 / 4 = 1.5", "1, 2, 3, 6"], ["model.kv_heads=3"]),
+    "hidden_fills_heads": (["model.hidden=50"], 1, "model.hidden", ["50 / model.heads 6 = 8.33333", "48 or 54"], ["model.hidden=48"]),
+    "rotary_head_is_even": (["model.hidden=42"], 1, "model.hidden", ["42 / model.heads 6 = 7", "36 or 48"], ["model.hidden=36"]),
+    "stages_have_blocks": (["parallel.pipeline=5"], 5, "parallel.pipeline", ["5 stages", "2 layers + embedding + head = 4 blocks", "at most 4"], ["model.layers=3"]),
+    "batch_fills_ranks": (["batch.global=10", "batch.micro=2"], 4, "batch.global", ["10 / (batch.micro 2 x 4 data-parallel ranks) = 1.25", "8 or 16"], ["batch.global=16"]),
+    "page_fits_sequence": (["data.page=12"], 1, "data.page", ["12 tokens", "8 or 16", "1, 2, 4, 8"], ["data.page=16"]),
+    "positions_hold_sequence": (["model.family=gpt", "model.max_positions=7"], 1, "data.sequence_length", ["8 tokens", "7 learned"], ["model.max_positions=8"]),
+    "decay_goes_down": (["optim.min_lr=0.1"], 1, "optim.min_lr", ["0.1 above optim.lr 0.001"], ["optim.min_lr=0.001"]),
+    "constant_lr_has_no_end": (["optim.decay=constant", "optim.min_lr=0.0001"], 1, "optim.decay", ["constant with", "0.0001"], ["optim.min_lr=0.0"]),
+    "warmup_ends_before_decay": (["optim.warmup_steps=10"], 1, "optim.warmup_steps", ["10 of run.steps 10", "at most 9"], ["optim.decay_steps=11"]),
+    "stop_is_in_run": (["run.stop_after=11"], 1, "run.stop_after", ["11 of run.steps 10"], ["run.stop_after=10"]),
+    "validation_has_data": (["log.validate_every=5"], 1, "data.valid", ["null with log.validate_every 5"], ["data.valid=held_out"]),
+    "corpora_differ": (["data.train=[a, b, a]"], 1, "data.train", ["a more than once"], ["data.train=[a, b]"]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_every_rule_has_an_example_that_fails_and_one_that_passes(rule: object, base: Path) -> None:
+    name = rule.__name__  # type: ignore[attr-defined]
+    assert name in EXAMPLES, f"{name} has no example: a rule that never said no is not known to work"
+    broken, ranks, key, words, healed = EXAMPLES[name]
+    config = load(base, broken)
+    (finding,) = findings(config, ranks)
+    assert finding == rule(config, ranks)  # type: ignore[operator]
+    assert finding.key == key
+    for word in words:
+        assert word in str(finding), str(finding)
+    assert findings(load(base, [*broken, *healed]), ranks) == ()
+
+
+def test_every_example_belongs_to_a_rule() -> None:
+    assert {rule.__name__ for rule in RULES} == EXAMPLES.keys()
+
+
+def test_all_findings_are_told_in_one_error(base: Path) -> None:
+    config = load(base, ["model.kv_heads=4", "model.hidden=50", "run.stop_after=11", "batch.global=13"])
+    with pytest.raises(ConfigError) as caught:
+        check(config, 2)
+    said = str(caught.value)
+    assert said.startswith("the config does not fit 2 ranks:")
+    keys = [line for line in said.splitlines()[1:] if not line.startswith(" ")]
+    assert keys == ["model.kv_heads", "model.hidden", "batch.global", "run.stop_after"]
+    assert said.count("found:") == said.count("allowed:") == 4
+
+
+@pytest.mark.parametrize(
+    "legal",
+    [
+        ["optim.zero_stage=1"],
+        ["optim.decay_steps=20"],
+        ["optim.decay_steps=5"],
+        ["data.page=4"],
+        ["data.page=16"],
+        ["model.family=gpt", "model.hidden=42"],
+        ["model.kv_heads=6"],
+        ["model.vocab=50257"],
+        ["batch.global=7"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_legal_passes(legal: list[str], base: Path) -> None:
+    check(load(base, legal), 1)
+
+
+@pytest.mark.parametrize("world_size", range(1, 13))
+def test_offered_layouts_are_legal(world_size: int, base: Path) -> None:
+    config = load(base, ["parallel.tensor=3", "parallel.pipeline=2", "batch.global=5040"])
+    told = [finding for finding in findings(config, world_size) if " x " in finding.key]
+    assert bool(told) == bool(world_size % 6)
+    for finding in told:
+        assert _offered(finding)
+        for tensor, pipeline in _offered(finding):
+            assert world_size % (tensor * pipeline) == 0
+
+
+def _offered(finding: Finding) -> list[tuple[int, int]]:
+    layouts = finding.allowed.partition(": ")[2].split(", ")
+    return [(int(words[1]), int(words[4])) for words in (layout.split() for layout in layouts)]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_fits_its_ranks(path: Path) -> None:
+    config: Config = load(path)
+    check(config, RANKS[path.stem])
+    with pytest.raises(ConfigError, match=r"batch\.global|parallel\.tensor"):
+        check(config, 7 * RANKS[path.stem] + 1)
