@@ -1,0 +1,416 @@
+"""A corpus: PREFIX.bin/.idx, its manifest PREFIX.json, and where each document came from, PREFIX.src.
+
+Lives here: opening, fingerprinting, writing and shuffling a corpus. Does not live here: the format of .bin/.idx
+(indexed), the order of training (order, blend), reading documents (source).
+
+    PREFIX.bin .idx   Megatron's format; enough by themselves: a corpus without manifest is legal, and said aloud
+    PREFIX.json       counts, text bytes, tokenizer, special token policy, seeds, BLAKE3 of both files, fingerprint
+    PREFIX.src        0   magic b"MGDSSRC1"
+                      8   num_documents u64, num_files u64
+                      24  num_documents x (file u64, record u64)    record: line or row from 1
+                          num_files x (size u64, UTF-8 name)
+
+The fingerprint hashes the sizes and `NUM_SAMPLES` evenly spaced blocks of both files: milliseconds at any size,
+the same with and without a manifest. `Corpus.verify` reads every byte.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from megads.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, sync_folder
+from megads.data.order import Permutation
+from megads.errors import DataError
+
+FORMAT = "megads-corpus-1"
+SOURCE_MAGIC = b"MGDSSRC1"
+SOURCE_HEADER = struct.Struct("<8sQQ")
+SOURCE_DTYPE = np.dtype([("file", "<u8"), ("record", "<u8")])
+NUM_SAMPLES = 128
+SAMPLE_SIZE = 4096
+SHUFFLE_BLOCK = 1024
+"""Documents that are moved at once when a corpus is shuffled."""
+
+logger = logging.getLogger("megads.data")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What PREFIX.json says of a corpus."""
+
+    format: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    """UTF-8 bytes of the text of all documents in the corpus."""
+    dtype: str
+    append_eod: bool
+    special_tokens: str
+    tokenizer_kind: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    shuffle_seed: int | None
+    part: str
+    """`all`, or `train` or `valid` of a corpus that was split."""
+    valid_fraction: float | None
+    num_inputs: int
+    num_empty: int
+    """Documents without a token, left out."""
+    num_bad: int
+    """Records that could not be read, left out (all parts of a split together)."""
+    bad: tuple[str, ...]
+    """The first of them: file:record and why."""
+    hashes: Mapping[str, str]
+    """BLAKE3 of the .bin and the .idx."""
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentSource:
+    """Where a document came from: record (line or row, from 1) of a file."""
+
+    file: str
+    record: int
+
+
+class Corpus:
+    """A tokenized corpus, open for reading.
+
+    Raises:
+        DataError: the files are absent, damaged, or not those of the manifest.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self.tokens = IndexedReader(path)
+        self.fingerprint = fingerprint(bin_path(path), idx_path(path))
+        self.manifest = self._read_manifest()
+        if self.manifest is None:
+            logger.info("%s: no manifest (%s.json); identified by size and sampled hashes", path, path)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the corpus."""
+        return self.tokens.num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the corpus."""
+        return self.tokens.num_documents
+
+    @property
+    def text_bytes(self) -> int | None:
+        """UTF-8 bytes of the text, where a manifest tells."""
+        return None if self.manifest is None else self.manifest.text_bytes
+
+    def num_pages(self, page: int) -> int:
+        """Pages of `page` tokens that one epoch holds.
+
+        A page is the inputs [k * page, (k + 1) * page) and their labels, one token further: the last token of the
+        corpus is only ever a label, and a tail shorter than a page is not trained on.
+
+        Raises:
+            DataError: the corpus is shorter than one page.
+        """
+        num_pages = (self.num_tokens - 1) // page
+        if num_pages < 1:
+            raise DataError(
+                f"{self.path}: the corpus is shorter than one page",
+                found=f"{self.num_tokens} tokens",
+                allowed=f"at least {page + 1} (data.page + 1)",
+                do="use a shorter data.sequence_length and data.page, or a larger corpus",
+            )
+        return num_pages
+
+    def source(self, document: int) -> DocumentSource | None:
+        """Where document `document` came from; None for a corpus without PREFIX.src."""
+        path = Path(f"{self.path}.src")
+        return read_source(path, document) if path.is_file() else None
+
+    def verify(self) -> None:
+        """Compare every byte of both files with the manifest's hashes. Raises DataError at a difference."""
+        if self.manifest is None:
+            raise DataError(
+                f"{self.path}: there is no manifest to verify against", do="make the corpus again"
+            )
+        for name, path in (("bin", bin_path(self.path)), ("idx", idx_path(self.path))):
+            found = blake3(max_threads=1).update_mmap(path).hexdigest()
+            if found != self.manifest.hashes.get(name):
+                raise DataError(
+                    f"{path}: not the bytes that were written",
+                    found=found,
+                    allowed=self.manifest.hashes.get(name),
+                )
+
+    def check_tokenizer(self, tokenizer_fingerprint: str, *, vocab_size: int) -> None:
+        """Refuse a tokenizer that did not make this corpus.
+
+        Raises:
+            DataError: the manifest names another tokenizer, or, without a manifest, a token at the head of the
+                corpus is outside the vocabulary.
+        """
+        if self.manifest is not None:
+            if self.manifest.tokenizer_fingerprint != tokenizer_fingerprint:
+                raise DataError(
+                    f"{self.path}: the corpus was made with another tokenizer",
+                    found=f"data.tokenizer {tokenizer_fingerprint[:16]}, vocabulary {vocab_size}",
+                    allowed=f"{self.manifest.tokenizer_fingerprint[:16]}, vocabulary {self.manifest.vocab_size}",
+                    do="set data.tokenizer to the file given to tools/preprocess_data.py, or make the corpus again",
+                )
+            return
+        head = self.tokens.read(0, min(self.num_tokens, 1 << 20))
+        check_ids(self, head, vocab_size=vocab_size, start=0)
+
+    def _read_manifest(self) -> Manifest | None:
+        path = Path(f"{self.path}.json")
+        if not path.is_file():
+            return None
+        manifest = parse_manifest(path)
+        for field, found, said in (
+            ("documents", self.num_documents, manifest.documents),
+            ("tokens", self.num_tokens, manifest.tokens),
+            ("fingerprint", self.fingerprint, manifest.fingerprint),
+        ):
+            if found != said:
+                raise DataError(
+                    f"{path}: the manifest is not that of {bin_path(self.path).name} and {idx_path(self.path).name}",
+                    found=f"{field} {found}",
+                    allowed=f"{field} {said}",
+                    do="copy all files of the corpus again, or make it again with tools/preprocess_data.py",
+                )
+        return manifest
+
+
+def check_ids(corpus: Corpus, ids: NDArray[np.integer], *, vocab_size: int, start: int) -> None:
+    """Refuse token ids outside 0..vocab_size-1; `start` is the place of ids[0] in the corpus."""
+    if ids.size and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
+        at = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
+        raise DataError(
+            f"{bin_path(corpus.path)}: token id outside the vocabulary",
+            found=f"id {ids[at]} at token {start + at}",
+            allowed=f"0..{vocab_size - 1}",
+            do="use the tokenizer that made the corpus",
+        )
+
+
+def fingerprint(bin_file: Path, idx_file: Path) -> str:
+    """The identity of a .bin and its .idx: BLAKE3 of sizes and sampled blocks, 64 hex digits."""
+    hasher = blake3()
+    for path in (bin_file, idx_file):
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                hasher.update(size.to_bytes(8, "little"))
+                last = max(0, size - SAMPLE_SIZE)
+                offsets = sorted({i * last // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)})
+                for offset in offsets:
+                    hasher.update(os.pread(file.fileno(), SAMPLE_SIZE, offset))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read", found=error.strerror) from error
+    return hasher.hexdigest()
+
+
+def parse_manifest(path: Path) -> Manifest:
+    """Read PREFIX.json strictly. Raises DataError naming the field."""
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON", found=error) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{path}: not a corpus manifest of a known format", found=found, allowed=FORMAT)
+    names = {field.name for field in fields(Manifest)}
+    if wrong := sorted(names.symmetric_difference(content)):
+        raise DataError(
+            f"{path}: fields missing or unknown", found=", ".join(wrong), allowed=", ".join(sorted(names))
+        )
+    for name in ("documents", "tokens", "text_bytes", "vocab_size"):
+        if type(content[name]) is not int or content[name] < 0:
+            raise DataError(
+                f"{path}: impossible {name}", found=repr(content[name]), allowed="an integer, 0 or more"
+            )
+    for name, kind in (("fingerprint", str), ("tokenizer_fingerprint", str), ("hashes", dict), ("bad", list)):
+        if not isinstance(content[name], kind):
+            raise DataError(f"{path}: impossible {name}", found=repr(content[name]), allowed=kind.__name__)
+    return Manifest(**{**content, "bad": tuple(content["bad"])})
+
+
+def read_source(path: Path, document: int) -> DocumentSource:
+    """Entry `document` of a PREFIX.src file. Raises DataError where the file is damaged or has no such entry."""
+    try:
+        with open(path, "rb") as file:
+            magic, num_documents, num_files = SOURCE_HEADER.unpack(file.read(SOURCE_HEADER.size))
+            if magic != SOURCE_MAGIC or not 0 <= document < num_documents:
+                raise DataError(
+                    f"{path}: no entry for document {document}", allowed=f"0..{num_documents - 1}"
+                )
+            file.seek(SOURCE_HEADER.size + document * SOURCE_DTYPE.itemsize)
+            entry = np.frombuffer(file.read(SOURCE_DTYPE.itemsize), dtype=SOURCE_DTYPE)[0]
+            file.seek(SOURCE_HEADER.size + num_documents * SOURCE_DTYPE.itemsize)
+            name = b""
+            for _ in range(min(int(entry["file"]) + 1, num_files)):
+                name = file.read(int.from_bytes(file.read(8), "little"))
+            return DocumentSource(name.decode("utf-8", "surrogateescape"), int(entry["record"]))
+    except (OSError, struct.error, ValueError, IndexError, MemoryError, OverflowError) as error:
+        raise DataError(f"{path}: damaged", found=error, do="make the corpus again") from error
+
+
+class CorpusWriter:
+    """Write a whole corpus: documents with their sources, optionally shuffled, then the manifest.
+
+    Memory does not grow with the corpus, except 16 bytes a document while shuffling on a machine short of page cache.
+    PREFIX.idx gets its name last. Leaving the block by an exception removes everything unfinished.
+
+    Args:
+        prefix: PREFIX of the files to be.
+        dtype: of the ids in the .bin.
+        shuffle_seed: write the documents in the order of this seed; None keeps them as they come.
+    """
+
+    def __init__(
+        self, prefix: str | Path, dtype: np.dtype[np.generic], *, shuffle_seed: int | None = None
+    ) -> None:
+        self.prefix = str(prefix)
+        self._shuffle_seed = shuffle_seed
+        staging = self.prefix if shuffle_seed is None else f"{self.prefix}.unshuffled"
+        self._staged = IndexedWriter(staging, dtype)
+        self._sources = open(f"{self.prefix}.src.tmp", "w+b")  # noqa: SIM115 - closed by finish or abort
+        self._sources.write(SOURCE_HEADER.pack(SOURCE_MAGIC, 0, 0))
+
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far."""
+        return self._staged.num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens added so far."""
+        return self._staged.num_tokens
+
+    def add(self, ids: NDArray[np.integer], lengths: NDArray[np.integer], sources: NDArray[np.void]) -> None:
+        """Append documents; `sources` has one (file, record) of `SOURCE_DTYPE` each."""
+        self._staged.add(ids, lengths)
+        self._sources.write(sources.tobytes())
+
+    def finish(self, files: Iterable[str], facts: Mapping[str, Any]) -> Manifest:
+        """Complete the corpus and return its manifest.
+
+        Args:
+            files: names of the input files, in the order that `sources` count them.
+            facts: the fields of `Manifest` that only the caller knows.
+        """
+        for suffix in ("json", "src"):  # what belonged to an older corpus of this name
+            Path(f"{self.prefix}.{suffix}").unlink(missing_ok=True)
+        idx_path(self.prefix).unlink(missing_ok=True)
+        writer = self._staged
+        if self._shuffle_seed is not None:
+            self._staged.seal()
+            self._staged.publish()
+            writer = self._shuffled(self._shuffle_seed)
+        self._finish_sources(files)
+        sealed_bin, sealed_idx = writer.seal()
+        manifest = Manifest(
+            format=FORMAT,
+            documents=writer.num_documents,
+            tokens=writer.num_tokens,
+            dtype=writer.dtype.name,
+            shuffle_seed=self._shuffle_seed,
+            hashes=writer.hashes,
+            fingerprint=fingerprint(sealed_bin, sealed_idx),
+            **facts,
+        )
+        write_durably(Path(f"{self.prefix}.json"), json.dumps(asdict(manifest), indent=2).encode())
+        os.replace(f"{self.prefix}.src.tmp", f"{self.prefix}.src")
+        writer.publish()
+        self._remove_staging()
+        return manifest
+
+    def abort(self) -> None:
+        """Close and remove everything unfinished."""
+        self._staged.abort()
+        self._sources.close()
+        for suffix in ("src.tmp", "src.shuffled.tmp", "json.tmp", "bin.tmp", "idx.tmp", "lengths.tmp"):
+            Path(f"{self.prefix}.{suffix}").unlink(missing_ok=True)
+        self._remove_staging()
+
+    def __enter__(self) -> CorpusWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.abort()
+
+    def _remove_staging(self) -> None:
+        if self._shuffle_seed is not None:
+            bin_path(self._staged.prefix).unlink(missing_ok=True)
+            idx_path(self._staged.prefix).unlink(missing_ok=True)
+
+    def _shuffled(self, seed: int) -> IndexedWriter:
+        """Copy documents and sources from the staged pair in permuted order."""
+        staged = IndexedReader(self._staged.prefix)
+        writer = IndexedWriter(self.prefix, self._staged.dtype)
+        permutation = Permutation(staged.num_documents, seed, "documents", 0)
+        self._sources.flush()
+        size = SOURCE_DTYPE.itemsize
+        with open(f"{self.prefix}.src.shuffled.tmp", "w+b") as shuffled:
+            shuffled.write(SOURCE_HEADER.pack(SOURCE_MAGIC, 0, 0))
+            for start in range(0, staged.num_documents, SHUFFLE_BLOCK):
+                block = np.arange(start, min(start + SHUFFLE_BLOCK, staged.num_documents))
+                for document in permutation(block).tolist():
+                    first, stop = staged.document_range(document)
+                    writer.add(staged.read(first, stop - first), np.array([stop - first]))
+                    shuffled.write(
+                        os.pread(self._sources.fileno(), size, SOURCE_HEADER.size + document * size)
+                    )
+        self._sources.close()
+        os.replace(f"{self.prefix}.src.shuffled.tmp", f"{self.prefix}.src.tmp")
+        self._sources = open(f"{self.prefix}.src.tmp", "r+b")  # noqa: SIM115
+        return writer
+
+    def _finish_sources(self, files: Iterable[str]) -> None:
+        self._sources.seek(0, os.SEEK_END)
+        num_files = 0
+        for num_files, name in enumerate(files, start=1):
+            content = name.encode("utf-8", "surrogateescape")
+            self._sources.write(len(content).to_bytes(8, "little") + content)
+        self._sources.seek(0)
+        self._sources.write(SOURCE_HEADER.pack(SOURCE_MAGIC, self._staged.num_documents, num_files))
+        self._sources.flush()
+        os.fsync(self._sources.fileno())
+        self._sources.close()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write `path` through a temporary file, fsync and rename: it holds all of `content` or what it held before."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def open_corpora(paths: Sequence[str]) -> tuple[Corpus, ...]:
+    """Open several corpora. Raises DataError for the first that cannot be used, or for one that is named twice."""
+    corpora = tuple(Corpus(path) for path in paths)
+    for i, corpus in enumerate(corpora):
+        twin = next((other for other in corpora[:i] if other.fingerprint == corpus.fingerprint), None)
+        if twin is not None:
+            raise DataError(
+                f"{corpus.path}: the same corpus as {twin.path}",
+                allowed="each corpus once in a list",
+                do="give it one entry with the sum of the weights",
+            )
+    return corpora

@@ -1,0 +1,130 @@
+"""The one Batch, and concatenate-and-cut packing: spans of tokens -> rows of tokens, labels, mask, positions.
+
+Lives here: what a row looks like. Does not live here: which tokens stand in it (blend, order, loader).
+
+    span          t0 t1 t2 t3 | t4      `count` inputs, and one token more that is only a label
+    tokens        t0 t1 t2 t3           spans of a row follow one another
+    labels        t1 t2 t3 t4           always the token that truly follows in the corpus, also at a span's end
+    mask          1  1  1  1            0: padding, and with eod_mask_loss where the input is end-of-document
+    positions     0  1  2  3            with document_mask again from 0 where a document or a span begins
+    document_ids  0  0  1  1            with document_mask: which part of the row; attention stays inside
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megads.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one optimizer step; the same frozen object on every floor."""
+
+    tokens: Tensor
+    """[batch, seq] int64"""
+    labels: Tensor
+    """[batch, seq] int64"""
+    mask: Tensor
+    """[batch, seq] bool, True where the label counts in the loss"""
+    positions: Tensor
+    """[batch, seq] int64"""
+    document_ids: Tensor | None
+    """[batch, seq] int64, ascending in a row from 0; None: attention may cross documents"""
+    samples: Tensor
+    """[batch] int64, index of the row in this step's global batch"""
+    step: int
+    """Optimizer step, from 1"""
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows start..stop-1: a micro-batch (views, no copies)."""
+        return self._each(lambda tensor: tensor[start:stop])
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How rows are made of tokens; the same for a whole run."""
+
+    vocab_size: int
+    """Ids at or above it are refused"""
+    eod: int | None = None
+    """End-of-document id; only eod_mask_loss needs it"""
+    document_mask: bool = False
+    """Attention stays inside a document, positions restart with it"""
+    eod_mask_loss: bool = False
+    """What follows an end-of-document token is not counted in the loss"""
+
+    def __post_init__(self) -> None:
+        if self.eod_mask_loss and self.eod is None:
+            raise DataError(
+                "data.eod_mask_loss needs an end-of-document token",
+                found="a tokenizer without one",
+                do="set it to false",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of a corpus inside a row."""
+
+    tokens: NDArray[np.integer]
+    """[count + 1]; the last is only a label"""
+    starts: NDArray[np.int64]
+    """Places in 0..count-1 where a document begins; ignored without document_mask"""
+
+
+def pack(
+    rows: Sequence[Sequence[Span]], packing: Packing, *, sequence_length: int, first_sample: int, step: int
+) -> Batch:
+    """Make a batch of `rows`; a row shorter than `sequence_length` is padded with token 0 and mask False.
+
+    Rows get the samples first_sample, first_sample + 1, ...
+    """
+    shape = (len(rows), sequence_length)
+    tokens = np.zeros(shape, dtype=np.int64)  # [batch, seq]
+    labels = np.zeros(shape, dtype=np.int64)  # [batch, seq]
+    mask = np.zeros(shape, dtype=np.bool_)  # [batch, seq]
+    begins = np.zeros(shape, dtype=np.bool_)  # [batch, seq], True where a part of the row begins
+    for row, spans in enumerate(rows):
+        end = 0
+        for span in spans:
+            start, end = end, end + span.tokens.size - 1
+            tokens[row, start:end] = span.tokens[:-1]
+            labels[row, start:end] = span.tokens[1:]
+            mask[row, start:end] = True
+            begins[row, start] = True
+            begins[row, start + span.starts] = True
+        if end < sequence_length:
+            begins[row, end] = True
+    if packing.eod_mask_loss:
+        mask &= tokens != packing.eod
+    places = np.arange(sequence_length, dtype=np.int64)
+    if packing.document_mask:
+        document_ids = torch.from_numpy(np.cumsum(begins, axis=1, dtype=np.int64) - 1)
+        positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    else:
+        document_ids = None
+        positions = np.tile(places, (len(rows), 1))
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        mask=torch.from_numpy(mask),
+        positions=torch.from_numpy(positions),
+        document_ids=document_ids,
+        samples=torch.arange(first_sample, first_sample + len(rows), dtype=torch.int64),
+        step=step,
+    )

@@ -1,0 +1,203 @@
+"""Learn a SentencePiece vocabulary from text: the work of tools/train_tokenizer.py.
+
+Lives here: the command line and the training. Does not live here: using a tokenizer (tokenizer), reading files
+(source). The model is BPE with byte fallback, so every text can be written and read back unchanged; ids are
+0 unknown, 1 begin, 2 end of document, 3..258 the bytes, then the merges, then the single characters.
+
+SentencePiece sees the text line by line and holds it in memory: at most `--max-bytes` of it, whole documents chosen
+by a hash of their text. The result depends on the inputs and the options alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from megads.data.corpus import write_durably
+from megads.data.preprocess import BadRecords, usable_documents
+from megads.data.progress import open_progress
+from megads.data.source import Inputs, find_inputs
+from megads.errors import DataError, MegadsError
+
+LINE_BYTES = 4096
+"""Longer lines are cut: SentencePiece would silently leave them out."""
+MIN_VOCAB_SIZE = 3 + 256 + 1
+MAX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says."""
+
+    inputs: tuple[str, ...]
+    output: Path
+    vocab_size: int
+    max_bytes: int = MAX_BYTES
+    key: str = "text"
+    skip_bad: bool = False
+    workers: int = 1
+
+
+def train_tokenizer(options: Options) -> Path:
+    """Train and write the model; returns its path.
+
+    Raises:
+        DataError: the inputs cannot be read or hold too little text for the vocabulary.
+    """
+    import sentencepiece
+
+    inputs = find_inputs(options.inputs)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    lines = _Lines(inputs, options)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=options.vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=LINE_BYTES,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=options.workers,
+            minloglevel=2,
+        )
+    except MegadsError:
+        raise
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            "the vocabulary cannot be learned from this text",
+            found=f"--vocab-size {options.vocab_size}, {lines.num_bytes} bytes of text ({_last_line(error)})",
+            allowed="a vocabulary that the text can fill",
+            do="give more text or a smaller --vocab-size",
+        ) from error
+    write_durably(options.output, model.getvalue())
+    print(
+        f"{options.output}: {options.vocab_size} ids from {lines.num_bytes} bytes of {lines.num_documents} documents"
+    )
+    return options.output
+
+
+class _Lines:
+    """The training text, line by line, with counts of what was given out."""
+
+    def __init__(self, inputs: Inputs, options: Options) -> None:
+        self._inputs = inputs
+        self._options = options
+        self._share = options.max_bytes / max(1, sum(inputs.sizes))
+        self.num_bytes = 0
+        self.num_documents = 0
+
+    def __iter__(self) -> Iterator[str]:
+        progress = open_progress("read", sum(self._inputs.sizes))
+        bad = BadRecords(self._inputs, self._options.skip_bad)
+        try:
+            for document in usable_documents(self._inputs, self._options.key, bad=bad):
+                progress.update(document.read_bytes, f"{self.num_documents} documents")
+                content = document.text.encode("utf-8")
+                if int.from_bytes(blake3(content).digest(8), "big") >= self._share * 2.0**64:
+                    continue
+                self.num_documents += 1
+                self.num_bytes += len(content)
+                yield from _cut_lines(document.text)
+        finally:
+            progress.close()
+        if not self.num_bytes:
+            raise DataError("no text to learn a vocabulary from", found=f"{self.num_documents} documents")
+
+
+def _cut_lines(text: str) -> Iterator[str]:
+    step = LINE_BYTES // 4  # a character has at most 4 bytes
+    for line in text.splitlines():
+        line = line.replace("\0", "")
+        yield from (line[start : start + step] for start in range(0, len(line), step))
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+
+
+def parse_arguments(argv: Sequence[str]) -> Options:
+    """The command line of tools/train_tokenizer.py."""
+    parser = argparse.ArgumentParser(
+        prog="train_tokenizer.py",
+        description="Learn a SentencePiece BPE vocabulary with byte fallback from text.",
+    )
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="JSON lines, Parquet, text or source files, or folders",
+    )
+    parser.add_argument("--vocab-size", required=True, type=int, metavar="N", help="number of token ids")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output-prefix", metavar="P", help="write P.model")
+    where.add_argument("--output", metavar="FILE", help="write FILE, whose name ends with .model")
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        default=MAX_BYTES,
+        metavar="N",
+        help=f"learn from about N bytes (default {MAX_BYTES})",
+    )
+    parser.add_argument("--key", default="text", help="JSON key or Parquet column of the text (default text)")
+    parser.add_argument(
+        "--on-error",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with a record that cannot be read: stop (default), or leave it out",
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads (default 1)")
+    given = parser.parse_args(argv)
+    if given.vocab_size < MIN_VOCAB_SIZE:
+        parser.error(f"--vocab-size {given.vocab_size}: allowed are {MIN_VOCAB_SIZE} (all bytes) and more")
+    if given.max_bytes < 1 or given.workers < 1:
+        parser.error("--max-bytes and --workers: allowed are 1 and more")
+    if given.output is not None and not given.output.endswith(".model"):
+        parser.error(f"--output {given.output}: the name of a SentencePiece model ends with .model")
+    return Options(
+        inputs=tuple(given.input),
+        output=Path(given.output or f"{given.output_prefix}.model"),
+        vocab_size=given.vocab_size,
+        max_bytes=given.max_bytes,
+        key=given.key,
+        skip_bad=given.on_error == "skip",
+        workers=given.workers,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the tool; returns its exit code."""
+    options = parse_arguments(argv)
+    start = time.monotonic()
+    try:
+        output = train_tokenizer(options)
+    except MegadsError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"{error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    print(f"{time.monotonic() - start:.1f} s")
+    print(
+        f"next: python {os.path.join('tools', 'preprocess_data.py')} --input {' '.join(options.inputs)} --tokenizer {output}"
+        " --output-prefix P --append-eod"
+    )
+    return 0
