@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that is not installed
 
-from megads.data.vocabulary import main  # noqa: E402
+from megads.data.vocabulary import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

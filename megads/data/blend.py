@@ -1,4 +1,4 @@
-"""The history of a run and the weighted blend: which corpus, and which of its tokens, sample i of a segment reads.
+"""The history of a run and the weighted blend: which tokens of which corpus sample i of a segment reads.
 
 Lives here: `Segment`, how a history grows, and the arithmetic from (segment, step) to token ranges of corpus
 streams. Does not live here: the order of pages within a corpus (order) and reading (loader).
@@ -7,13 +7,14 @@ streams. Does not live here: the order of pages within a corpus (order) and read
     steps         1 ..................99 100 ........................................... 249 250 ...
     corpus A      cursor 0               cursor 811008 (tokens of A's page stream)           cursor ...
 
-A corpus' stream is its pages, one epoch's permutation after another, seen as one line of tokens. A cursor counts
-tokens on that line. Sample j of a corpus within a segment is [cursor + j * length, cursor + (j + 1) * length): so a
-page that a segment leaves half used is continued by the next one, and nothing is lost or repeated whatever changes.
+A corpus' stream is its pages, one epoch's permutation after another, seen as one line of tokens. A cursor
+counts tokens on that line. Sample j of a corpus within a segment is [cursor + j * length, cursor + (j + 1) *
+length): so a page that a segment leaves half used is continued by the next one, and nothing is lost or
+repeated whatever changes.
 
 The blend is exact and needs no index: corpora are the leaves of a balanced binary tree, and at each node
-round(i * share of the left side) of its first i samples go left. So among the first i samples of a segment a corpus
-has its due share to within half a sample for each level of the tree (two corpora: 1/2, up to four: 1).
+round(i * share of the left side) of its first i samples go left. So among the first i samples of a segment a
+corpus has its due share to within half a sample for each level of the tree (two corpora: 1/2, up to four: 1).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Segment:
     """Tokens of the unit that is permuted; the same in all segments of a history."""
     corpora: tuple[CorpusShare, ...]
     skipped: tuple[tuple[int, int], ...] = ()
-    """Samples [start, stop) of this segment, counted from its first, that no step reads; ascending, disjoint."""
+    """Ranges [start, stop) of this segment's samples that no step reads; ascending, disjoint."""
 
     def __post_init__(self) -> None:
         sizes = (self.first_step, self.batch_size, self.sequence_length, self.page)
@@ -114,7 +115,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """For each sample: which corpus, and the how-manieth of that corpus' samples; both [num samples] int64."""
+    """For each sample: its corpus, and its number among that corpus' samples; both [num samples] int64."""
 
     corpus: NDArray[np.int64]
     index: NDArray[np.int64]
@@ -228,9 +229,9 @@ def segment_at(history: Sequence[Segment], step: int) -> Segment:
 def extend_history(history: Sequence[Segment], wanted: Segment) -> tuple[Segment, ...]:
     """The history of a run that goes on as `wanted` from step `wanted.first_step`.
 
-    Later segments are cut off (the run resumes before them). If nothing differs, no row is added. The cursors of
-    `wanted` are ignored: each corpus goes on where it stood, a new one at 0, and one that left the mix is kept with
-    weight 0.
+    Later segments are cut off (the run resumes before them). If nothing differs, no row is added. The cursors
+    of `wanted` are ignored: each corpus goes on where it stood, a new one at 0, and one that left the mix is
+    kept with weight 0.
 
     Raises:
         DataError: the page changed, or a corpus' files are not those the run began with.

@@ -1,17 +1,17 @@
 """A corpus: PREFIX.bin/.idx, its manifest PREFIX.json, and where each document came from, PREFIX.src.
 
-Lives here: opening, fingerprinting, writing and shuffling a corpus. Does not live here: the format of .bin/.idx
-(indexed), the order of training (order, blend), reading documents (source).
+Lives here: opening, fingerprinting, writing and shuffling a corpus. Does not live here: the format of
+.bin/.idx (indexed), the order of training (order, blend), reading documents (source).
 
-    PREFIX.bin .idx   Megatron's format; enough by themselves: a corpus without manifest is legal, and said aloud
-    PREFIX.json       counts, text bytes, tokenizer, special token policy, seeds, BLAKE3 of both files, fingerprint
+    PREFIX.bin .idx   Megatron's format; enough by themselves: a corpus without manifest is legal
+    PREFIX.json       counts, text bytes, tokenizer, special token policy, seed, hashes, fingerprint
     PREFIX.src        0   magic b"MGDSSRC1"
                       8   num_documents u64, num_files u64
                       24  num_documents x (file u64, record u64)    record: line or row from 1
                           num_files x (size u64, UTF-8 name)
 
-The fingerprint hashes the sizes and `NUM_SAMPLES` evenly spaced blocks of both files: milliseconds at any size,
-the same with and without a manifest. `Corpus.verify` reads every byte.
+The fingerprint hashes the sizes and `NUM_SAMPLES` evenly spaced blocks of both files: milliseconds at any
+size, the same with and without a manifest. `Corpus.verify` reads every byte.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class Corpus:
     def num_pages(self, page: int) -> int:
         """Pages of `page` tokens that one epoch holds.
 
-        A page is the inputs [k * page, (k + 1) * page) and their labels, one token further: the last token of the
-        corpus is only ever a label, and a tail shorter than a page is not trained on.
+        A page is the inputs [k * page, (k + 1) * page) and their labels, one token further: the last token of
+        the corpus is only ever a label, and a tail shorter than a page is not trained on.
 
         Raises:
             DataError: the corpus is shorter than one page.
@@ -157,16 +157,17 @@ class Corpus:
         """Refuse a tokenizer that did not make this corpus.
 
         Raises:
-            DataError: the manifest names another tokenizer, or, without a manifest, a token at the head of the
-                corpus is outside the vocabulary.
+            DataError: the manifest names another tokenizer, or, without a manifest, a token at the head
+                of the corpus is outside the vocabulary.
         """
-        if self.manifest is not None:
-            if self.manifest.tokenizer_fingerprint != tokenizer_fingerprint:
+        made_with = self.manifest
+        if made_with is not None:
+            if made_with.tokenizer_fingerprint != tokenizer_fingerprint:
                 raise DataError(
                     f"{self.path}: the corpus was made with another tokenizer",
                     found=f"data.tokenizer {tokenizer_fingerprint[:16]}, vocabulary {vocab_size}",
-                    allowed=f"{self.manifest.tokenizer_fingerprint[:16]}, vocabulary {self.manifest.vocab_size}",
-                    do="set data.tokenizer to the file given to tools/preprocess_data.py, or make the corpus again",
+                    allowed=f"{made_with.tokenizer_fingerprint[:16]}, vocabulary {made_with.vocab_size}",
+                    do="set data.tokenizer to the file given to preprocess_data.py, or make the corpus again",
                 )
             return
         head = self.tokens.read(0, min(self.num_tokens, 1 << 20))
@@ -184,7 +185,7 @@ class Corpus:
         ):
             if found != said:
                 raise DataError(
-                    f"{path}: the manifest is not that of {bin_path(self.path).name} and {idx_path(self.path).name}",
+                    f"{path}: the manifest is not that of the .bin and .idx beside it",
                     found=f"{field} {found}",
                     allowed=f"{field} {said}",
                     do="copy all files of the corpus again, or make it again with tools/preprocess_data.py",
@@ -247,7 +248,7 @@ def parse_manifest(path: Path) -> Manifest:
 
 
 def read_source(path: Path, document: int) -> DocumentSource:
-    """Entry `document` of a PREFIX.src file. Raises DataError where the file is damaged or has no such entry."""
+    """Entry `document` of a PREFIX.src file. Raises DataError for a damaged file or no such entry."""
     try:
         with open(path, "rb") as file:
             magic, num_documents, num_files = SOURCE_HEADER.unpack(file.read(SOURCE_HEADER.size))
@@ -269,8 +270,8 @@ def read_source(path: Path, document: int) -> DocumentSource:
 class CorpusWriter:
     """Write a whole corpus: documents with their sources, optionally shuffled, then the manifest.
 
-    Memory does not grow with the corpus, except 16 bytes a document while shuffling on a machine short of page cache.
-    PREFIX.idx gets its name last. Leaving the block by an exception removes everything unfinished.
+    Memory does not grow with the corpus. PREFIX.idx gets its name last. Leaving the block by an exception
+    removes everything unfinished.
 
     Args:
         prefix: PREFIX of the files to be.
@@ -381,7 +382,8 @@ class CorpusWriter:
     def _finish_sources(self, files: Iterable[str]) -> None:
         self._sources.seek(0, os.SEEK_END)
         num_files = 0
-        for num_files, name in enumerate(files, start=1):
+        for name in files:
+            num_files += 1
             content = name.encode("utf-8", "surrogateescape")
             self._sources.write(len(content).to_bytes(8, "little") + content)
         self._sources.seek(0)
@@ -392,7 +394,7 @@ class CorpusWriter:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write `path` through a temporary file, fsync and rename: it holds all of `content` or what it held before."""
+    """Write through a temporary file, fsync and rename: `path` holds all of `content` or is untouched."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -403,7 +405,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def open_corpora(paths: Sequence[str]) -> tuple[Corpus, ...]:
-    """Open several corpora. Raises DataError for the first that cannot be used, or for one that is named twice."""
+    """Open several corpora. Raises DataError for one that cannot be used or is named twice."""
     corpora = tuple(Corpus(path) for path in paths)
     for i, corpus in enumerate(corpora):
         twin = next((other for other in corpora[:i] if other.fingerprint == corpus.fingerprint), None)

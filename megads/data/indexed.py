@@ -1,8 +1,9 @@
 """Megatron's indexed format: PREFIX.bin holds token ids, PREFIX.idx says where each document is.
 
-Lives here: the bytes, written and read strictly. Does not live here: manifests, fingerprints and sources (corpus).
+Lives here: the bytes, written and read strictly. Does not live here: manifests, fingerprints and sources
+(corpus).
 
-    PREFIX.bin   ids of document 0, ids of document 1, ...                     dtype of the .idx, little endian
+    PREFIX.bin   ids of document 0, ids of document 1, ...         dtype of the .idx, little endian
     PREFIX.idx   0   magic         9 bytes   b"MMIDIDX\\0\\0"
                  9   version       u64       1
                  17  dtype code    u8        1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
@@ -12,8 +13,8 @@ Lives here: the bytes, written and read strictly. Does not live here: manifests,
                      pointers      n x i64   byte offset of each sequence in the .bin
                      documents     d x i64   first sequence of each document; ends with n
 
-The .idx is written last, by rename: a .bin without an .idx is not a corpus. Reads are `pread`s: a bad disk or a cut
-file raises an error that names the file, where a mapped file would kill the process.
+The .idx is written last, by rename: a .bin without an .idx is not a corpus. Reads are `pread`s: a bad disk or
+a cut file raises an error that names the file, where a mapped file would kill the process.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ UINT16_VOCAB_SIZE = 65500
 BLOCK = 1 << 18
 """Entries of the .idx that are looked at or written at once."""
 NUM_CHECKED_BLOCKS = 64
-"""Blocks that are checked when a corpus is opened; an .idx of up to 16 million sequences is checked in full."""
+"""Blocks of the .idx that are checked at opening; up to 16 million sequences that is all of it."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
@@ -80,7 +81,7 @@ class IndexedWriter:
         self._lengths = open(f"{prefix}.lengths.tmp", "w+b")  # noqa: SIM115
 
     def add(self, ids: NDArray[np.integer], lengths: NDArray[np.integer]) -> None:
-        """Append documents: their ids one after another [sum of lengths] and their lengths [num documents]."""
+        """Append documents: ids one after another [sum of lengths] and lengths [num documents]."""
         if int(lengths.sum()) != ids.size:
             raise ValueError(f"lengths sum to {int(lengths.sum())}, there are {ids.size} ids")
         content = np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).tobytes()
@@ -151,8 +152,8 @@ class IndexedReader:
     """A .bin/.idx pair, checked when it is opened, read by token range.
 
     Raises:
-        DataError: a file is missing, or a field of the .idx is impossible or does not match the .bin; the message
-            names the field, the value and the limit.
+        DataError: a file is missing, or a field of the .idx is impossible or does not match the .bin; the
+            message names the field, the value and the limit.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -297,11 +298,11 @@ class IndexedReader:
         size = self._stat.st_size
         if size - total == self.num_documents * itemsize:
             raise DataError(
-                f"{idx_path(self.prefix)}: sequence lengths leave out the end-of-document token of every document",
-                found=f"lengths sum to {total // itemsize} tokens, the .bin holds {size // itemsize}",
-                allowed=f"{size // itemsize}; the difference is the number of documents, {self.num_documents}",
-                do="this .idx was written by Megatron-DeepSpeed's preprocess_data.py --append-eod, which has this "
-                "defect; make the corpus again with tools/preprocess_data.py",
+                f"{idx_path(self.prefix)}: the sequence lengths leave out one token of every document",
+                found=f"sum of the sequence lengths {total // itemsize}; {self.num_documents} documents",
+                allowed=f"a sum of {size // itemsize}, the tokens in {bin_path(self.prefix).name}",
+                do="this is a defect of Megatron-DeepSpeed's preprocess_data.py with --append-eod (the"
+                " end-of-document token is not counted); make the corpus again with tools/preprocess_data.py",
             )
         if total != size:
             self._refuse(
@@ -327,7 +328,7 @@ class IndexedReader:
                 self._refuse(f"document offset {start + at}", offsets[at], f"at least {offsets[at - 1]}")
 
     def _checked_ranges(self, count: int) -> Iterator[tuple[int, int]]:
-        """Blocks of 0..count, all of them or `NUM_CHECKED_BLOCKS` spread evenly with the first and the last."""
+        """Blocks of 0..count: all, or `NUM_CHECKED_BLOCKS` spread evenly from the first to the last."""
         num_blocks = -(-count // BLOCK)
         if num_blocks <= NUM_CHECKED_BLOCKS:
             blocks = list(range(num_blocks))

@@ -1,12 +1,14 @@
 """Loaders: (corpora, seed, history, step) -> this data-parallel rank's rows of the step's batch.
 
-Lives here: following a sample from its number to bytes on disk, for training and for held-out data. Does not live
-here: the arithmetic (blend, order) and the look of a row (sequence).
+Lives here: following a sample from its number to bytes on disk, for training and for held-out data. Does not
+live here: the arithmetic (blend, order) and the look of a row (sequence).
 
-    step --history--> segment --blend--> corpus, place in its page stream --order--> pages --pread--> spans --pack--> Batch
+    step --history--> segment --blend--> corpus, place in its page stream
+                              --order--> pages of the corpus --pread--> spans --pack--> Batch
 
-    rank d of D gets the rows [d * G / D, (d + 1) * G / D) of the G rows of the batch, so the batch itself does not
-    depend on D. There is no state: any step can be asked for at any time, and resuming is asking for the next one.
+    rank d of D gets the rows [d * G / D, (d + 1) * G / D) of the G rows of the batch, so the batch itself
+    does not depend on D. There is no state: any step can be asked for at any time, and resuming is asking for
+    the next one.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ class Loader:
         self._check_present(self._history[-1])
 
     def batch(self, step: int) -> Batch:
-        """This rank's rows of the batch of `step` (from 1). Raises DataError where the data cannot be read."""
+        """This rank's rows of the batch of `step` (from 1). Raises DataError for unreadable data."""
         segment = segment_at(self._history, step)
         num_rows = segment.batch_size // self._dp_size
         first = self._dp_rank * num_rows
@@ -163,9 +165,10 @@ class Loader:
 class ValidLoader:
     """Held-out data, in order: every token of a corpus but the first is a label exactly once.
 
-    Windows of `sequence_length` follow one another, each read afresh (no context from the window before); the last
-    is padded with mask False. Every rank has the same number of batches, the last filled up with rows of mask False.
-    With `Packing.eod_mask_loss` the first token of a document isn't counted: leave it off for bits per byte.
+    Windows of `sequence_length` follow one another, each read afresh (no context from the window before); the
+    last is padded with mask False. Every rank has the same number of batches, the last filled up with rows of
+    mask False. With `Packing.eod_mask_loss` the first token of a document isn't counted: leave it off for
+    bits per byte.
     """
 
     def __init__(

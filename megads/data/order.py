@@ -1,7 +1,8 @@
 """The training order: a keyed permutation that is computed, never stored.
 
 Lives here: a bijection of 0..size-1 for every size, and the page stream of a corpus (epoch after epoch, each
-in another order). Does not live here: which corpus a sample comes from (blend) and what a page holds (corpus).
+in another order). Does not live here: which corpus a sample comes from (blend) and what a page holds
+(corpus).
 
     index --> left | right        two halves of `half` bits; 4 ** half is the least such power >= size
               right, left ^ F(right, key of the round)          8 rounds: a bijection of 0 .. 4 ** half - 1

@@ -1,12 +1,15 @@
 """Text to corpus: the work of tools/preprocess_data.py.
 
-Lives here: the command line, the pipeline from documents to tokens, and the summary. Does not live here: reading files
-(source), tokenizers (tokenizer), the corpus on disk (corpus). Imports neither torch nor deepspeed.
+Lives here: the command line, the pipeline from documents to tokens, and the summary. Does not live here:
+reading files (source), tokenizers (tokenizer), the corpus on disk (corpus). Imports neither torch nor
+deepspeed.
 
-    reader (this thread) --batches--> `workers` threads: encode, add eod, split --in input order--> writer (this thread)
+    reader (this thread) --batches--> `workers` threads: encode, add eod, split --in input order--> writer
+    (this thread)
 
-The tokenizers release the interpreter while they work, so threads suffice. At most `2 * workers` batches are under way:
-memory does not grow with the corpus. Batches are cut and written in input order: the bytes do not depend on `workers`.
+The tokenizers release the interpreter while they work, so threads suffice. At most `2 * workers` batches are
+under way: memory does not grow with the corpus. Batches are cut and written in input order: the bytes do not
+depend on `workers`.
 """
 
 from __future__ import annotations
@@ -161,24 +164,21 @@ def preprocess(options: Options) -> Report:
     """Make the corpus, or with a valid fraction both corpora.
 
     Raises:
-        DataError: an input, the tokenizer or the text is not usable; nothing is left behind under the final names.
+        DataError: an input, the tokenizer or the text is not usable; nothing is left behind under the final
+        names.
     """
     tokenizer = open_tokenizer(options.tokenizer, special_tokens=options.special_tokens)
     encoder = Encoder(tokenizer, tokenizer.eod if options.append_eod else None, options.valid_fraction)
     inputs = find_inputs(options.inputs)
     bad = BadRecords(inputs, options.skip_bad)
-    Path(options.output_prefix).parent.mkdir(parents=True, exist_ok=True)
     names = ("all",) if options.valid_fraction is None else ("train", "valid")
     progress = open_progress("preprocess", sum(inputs.sizes))
     with ExitStack() as stack:
         stack.callback(progress.close)
         parts = []
         for name in names:
-            prefix = options.output_prefix + ("_valid" if name == "valid" else "")
-            writer = CorpusWriter(
-                prefix, token_dtype(tokenizer.vocab_size), shuffle_seed=options.shuffle_seed
-            )
-            parts.append(Part(name, stack.enter_context(writer)))
+            parts.append(_open_part(name, options, vocab_size=tokenizer.vocab_size))
+            stack.enter_context(parts[-1].writer)
         forbidden = tokenizer.control_texts if options.special_tokens == "error" else ()
         batches = cut_batches(usable_documents(inputs, options.key, bad=bad, forbidden=forbidden))
         for read_bytes, dealt in encode_in_order(batches, encoder, workers=options.workers):
@@ -194,7 +194,8 @@ def preprocess(options: Options) -> Report:
 def usable_documents(
     inputs: Inputs, key: str, *, bad: BadRecords, forbidden: Sequence[str] = ()
 ) -> Iterator[Document]:
-    """Documents with their bad records dealt with; a text that holds one of `forbidden` is a bad record too."""
+    """Documents with their bad records dealt with; a text that holds one of `forbidden` is a bad record
+    too."""
     for record in read_documents(inputs, key):
         if isinstance(record, BadRecord):
             bad.add(record)
@@ -246,6 +247,19 @@ def encode_in_order(
                 future.cancel()
 
 
+def _open_part(name: str, options: Options, *, vocab_size: int) -> Part:
+    prefix = options.output_prefix + ("_valid" if name == "valid" else "")
+    try:
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        return Part(name, CorpusWriter(prefix, token_dtype(vocab_size), shuffle_seed=options.shuffle_seed))
+    except OSError as error:
+        raise DataError(
+            f"--output-prefix {options.output_prefix}: cannot be written",
+            found=f"{error.filename}: {error.strerror}",
+            allowed="a folder with write permission, and a name in it",
+        ) from error
+
+
 def _check_not_empty(part: Part, options: Options) -> None:
     if part.writer.num_documents:
         return
@@ -285,7 +299,7 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     """The command line of tools/preprocess_data.py."""
     parser = argparse.ArgumentParser(
         prog="preprocess_data.py",
-        description="Text to a tokenized corpus: PREFIX.bin and .idx (Megatron's format), .json (manifest), .src.",
+        description="Text to a tokenized corpus in Megatron's format: P.bin P.idx, P.json (manifest), P.src.",
     )
     parser.add_argument(
         "--input",
@@ -361,22 +375,19 @@ def print_summary(options: Options, report: Report, *, seconds: float) -> None:
     prefixes = (options.output_prefix, options.output_prefix + "_valid")
     for prefix, manifest in zip(prefixes, manifests, strict=False):
         print(
-            f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} bytes of text"
-            f" ({manifest.tokens / manifest.text_bytes:.4f} tokens per byte), {manifest.num_empty} empty left out"
+            f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} bytes"
+            f" ({manifest.tokens / manifest.text_bytes:.4f} tokens per byte), {manifest.num_empty} empty ones"
         )
     if manifests[0].num_bad:
-        print(
-            f"{manifests[0].num_bad} records could not be read and were left out; the manifest names the first"
-        )
+        print(f"{manifests[0].num_bad} records could not be read and were left out (named in the manifest)")
     if report.left_out:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(report.left_out.items()))
         print(f"files of other kinds in the folders, left out: {kinds}")
     rate = sum(manifest.text_bytes for manifest in manifests) / 1e6 / max(seconds, 1e-9)
     print(f"{seconds:.1f} s, {rate:.1f} MB/s")
     valid = f" data.valid={prefixes[1]}" if len(manifests) > 1 else ""
-    print(
-        f"next: python -m megads train CONFIG data.train={prefixes[0]}{valid} data.tokenizer={options.tokenizer}"
-    )
+    data = f"data.train={prefixes[0]}{valid} data.tokenizer={options.tokenizer}"
+    print(f"next: python -m megads train CONFIG {data}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -393,4 +404,7 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"{error.filename or options.output_prefix}: {error.strerror or error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0

@@ -4,7 +4,7 @@ Lives here: what a row looks like. Does not live here: which tokens stand in it 
 
     span          t0 t1 t2 t3 | t4      `count` inputs, and one token more that is only a label
     tokens        t0 t1 t2 t3           spans of a row follow one another
-    labels        t1 t2 t3 t4           always the token that truly follows in the corpus, also at a span's end
+    labels        t1 t2 t3 t4           the token that truly follows in the corpus, also at a span's end
     mask          1  1  1  1            0: padding, and with eod_mask_loss where the input is end-of-document
     positions     0  1  2  3            with document_mask again from 0 where a document or a span begins
     document_ids  0  0  1  1            with document_mask: which part of the row; attention stays inside
@@ -13,7 +13,7 @@ Lives here: what a row looks like. Does not live here: which tokens stand in it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,15 +44,22 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows start..stop-1: a micro-batch (views, no copies)."""
-        return self._each(lambda tensor: tensor[start:stop])
+        return self._map(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(
+            tokens=change(self.tokens),
+            labels=change(self.labels),
+            mask=change(self.mask),
+            positions=change(self.positions),
+            document_ids=None if self.document_ids is None else change(self.document_ids),
+            samples=change(self.samples),
+            step=self.step,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,15 @@
 """Documents out of files: JSON lines, Parquet, plain text and source code, in folders or by name.
 
-Lives here: finding input files in a fixed order and reading their records one by one with bounded memory. Does not
-live here: tokens. `pyarrow` is imported only when a Parquet file is met.
+Lives here: finding input files in a fixed order and reading their records one by one with bounded memory.
+Does not live here: tokens. `pyarrow` is imported only when a Parquet file is met.
 
-    .jsonl .json     one JSON object a line, its text under `key`; record = line, from 1; blank lines are no records
+    .jsonl .json     one JSON object a line, its text under `key`; record = line, from 1; blank ones ignored
     .parquet         one row a document, its text in the column `key`; record = row, from 1
     anything else    one document a file, UTF-8; record = 1. In folders only the suffixes of `TEXT_SUFFIXES`
 
-Folders are read recursively in sorted order; hidden files and folders, links to folders, `__pycache__` and files of
-other kinds are left out (`Inputs.left_out` counts them). A record that cannot be read is a `BadRecord`, never an end
-of the file.
+Folders are read recursively in sorted order; hidden files and folders, links to folders, `__pycache__` and
+files of other kinds are left out (`Inputs.left_out` counts them). A record that cannot be read is a
+`BadRecord`, never an end of the file.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ MAX_DOCUMENT_BYTES = 8 << 20
 """Tokenizers need about 120 bytes of memory for each byte of a document that they see at once."""
 READ_ROWS = 256
 """Rows of a Parquet file that are decoded at once."""
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .html .xml .csv .py .pyi .c .h .cc .cpp .hpp .cu .cuh .java .js .ts .go .rs .rb .php .pl"
-    " .sh .sql .r .jl .lua .scala .kt .swift .hs .ml .yaml .yml .toml".split()
-)
+# fmt: off
+TEXT_SUFFIXES = frozenset((
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".yaml", ".yml", ".toml",
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".js", ".ts", ".go", ".rs",
+    ".rb", ".php", ".pl", ".sh", ".sql", ".r", ".jl", ".lua", ".scala", ".kt", ".swift", ".hs", ".ml",
+))
+# fmt: on
 JSON_SUFFIXES = frozenset((".jsonl", ".json"))
 PARQUET_SUFFIXES = frozenset((".parquet",))
 
@@ -148,7 +151,7 @@ def _decoded(content: bytes) -> str | None:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        # a document cut at the size limit may end inside a character: that is a size problem, not an encoding one
+        # a document cut at the size limit may end inside a character: a matter of size, not of encoding
         cut = len(content) > MAX_DOCUMENT_BYTES and error.start > len(content) - 4
         return content[: error.start].decode("utf-8") if cut else None
 

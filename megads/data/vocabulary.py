@@ -1,18 +1,18 @@
 """Learn a SentencePiece vocabulary from text: the work of tools/train_tokenizer.py.
 
-Lives here: the command line and the training. Does not live here: using a tokenizer (tokenizer), reading files
-(source). The model is BPE with byte fallback, so every text can be written and read back unchanged; ids are
-0 unknown, 1 begin, 2 end of document, 3..258 the bytes, then the merges, then the single characters.
+Lives here: the command line and the training. Does not live here: using a tokenizer (tokenizer), reading
+files (source). The model is BPE with byte fallback, so every text can be written and read back unchanged; ids
+are 0 unknown, 1 begin, 2 end of document, 3..258 the bytes, then the merges, then the single characters.
 
-SentencePiece sees the text line by line and holds it in memory: at most `--max-bytes` of it, whole documents chosen
-by a hash of their text. The result depends on the inputs and the options alone.
+SentencePiece sees the text line by line and holds it in memory: at most `--max-bytes` of it, whole documents
+chosen by a hash of their text. The result depends on the inputs and the options alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -81,16 +81,15 @@ def train_tokenizer(options: Options) -> Path:
     except MegadsError:
         raise
     except (RuntimeError, OSError) as error:
+        limit = re.search(r"<= (\d+)", str(error))
         raise DataError(
             "the vocabulary cannot be learned from this text",
-            found=f"--vocab-size {options.vocab_size}, {lines.num_bytes} bytes of text ({_last_line(error)})",
-            allowed="a vocabulary that the text can fill",
+            found=f"--vocab-size {options.vocab_size}, {lines.num_bytes} bytes of text ({error})",
+            allowed=f"at most {limit[1]} for this text" if limit else "a vocabulary that the text can fill",
             do="give more text or a smaller --vocab-size",
         ) from error
     write_durably(options.output, model.getvalue())
-    print(
-        f"{options.output}: {options.vocab_size} ids from {lines.num_bytes} bytes of {lines.num_documents} documents"
-    )
+    print(f"{options.output}: {options.vocab_size} ids from {lines.num_bytes} bytes of text")
     return options.output
 
 
@@ -127,10 +126,6 @@ def _cut_lines(text: str) -> Iterator[str]:
     for line in text.splitlines():
         line = line.replace("\0", "")
         yield from (line[start : start + step] for start in range(0, len(line), step))
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
 def parse_arguments(argv: Sequence[str]) -> Options:
@@ -195,9 +190,10 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"{error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     print(f"{time.monotonic() - start:.1f} s")
-    print(
-        f"next: python {os.path.join('tools', 'preprocess_data.py')} --input {' '.join(options.inputs)} --tokenizer {output}"
-        " --output-prefix P --append-eod"
-    )
+    given = f"--input {' '.join(options.inputs)} --tokenizer {output}"
+    print(f"next: python tools/preprocess_data.py {given} --output-prefix P --append-eod")
     return 0
