@@ -1,6 +1,7 @@
 """What is in a step, as text: summary, table of tensors, differences from another step.
 
-Behind `tools/inspect_checkpoint.py`. No torch: values are numpy arrays here, bfloat16 widened to float32, float8 compared by its bits.
+Behind `tools/inspect_checkpoint.py`. No torch: values are numpy arrays here, bfloat16 widened to float32,
+float8 compared by its bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Load pieces of logical tensors from a committed step, whatever layout saved it.
 
-Each rank asks for its boxes and reads the chunks that meet them, each once; what is copied is what was hashed.
-Which step to load is decided in `choice.py`; `resume` puts the two together.
+Each rank asks for its boxes and reads the chunks that meet them, each once; what is copied is what was
+hashed. Which step to load is decided in `choice.py`; `resume` puts the two together.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def load(
 
     Raises:
         DamageError: on all ranks: a file is not what was saved; names file, bytes and tensor.
-        CheckpointError: on all ranks: no step there, or one of another model: names, shapes, dtypes that differ.
+        CheckpointError: on all ranks: no step there, or one of another model: what differs.
     """
     control = control or Control(0, 1)
     failure: CheckpointError | None = None
@@ -93,8 +93,8 @@ def resume(
 ) -> Resumed:
     """Choose a step by `checkpoint.load` and load it, or say that it is a fresh start. All ranks call it.
 
-    Where an older step of `directory` itself is loaded, the newer ones are set aside under another name, so that
-    a later resume cannot take them for the newest.
+    Where an older step of `directory` itself is loaded, the newer ones are set aside under another name, so
+    that a later resume cannot take them for the newest.
 
     Args:
         wanted: `auto`, `never`, `must` or a path.

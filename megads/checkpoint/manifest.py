@@ -193,8 +193,8 @@ def decode(data: bytes | bytearray, *, where: str) -> Manifest:
 def problem(manifest: Manifest) -> str | None:
     """The first thing that is not well formed, or None.
 
-    Checked: step; names; dtypes; shapes; every chunk's size and bounds; the chunks of a tensor cover it exactly
-    once; the chunks of a file follow each other exactly.
+    Checked: step; names; dtypes; shapes; every chunk's size and bounds; the chunks of a tensor cover it
+    exactly once; the chunks of a file follow each other exactly.
     """
     if not 0 <= manifest.step <= _MAX_INTEGER:
         return f"step {manifest.step}"
@@ -223,7 +223,7 @@ def cover_problem(shape: Shape, boxes: Iterable[Box]) -> str | None:
     """Why `boxes` do not cover a tensor of `shape` exactly once, or None if they do; linear in their number.
 
     A function on a grid is given by its mixed differences, and a box's are +-1 at its corners. So the boxes
-    cover exactly once if and only if the signed corners of all add up to those of the whole. In one dimension:
+    cover exactly once if and only if the signed corners of all add up to those of the whole. In one dim:
 
         whole    +1 . . . . -1
         boxes    +1 . -1            the inner corners cancel; what is left is the edge of a gap or an overlap

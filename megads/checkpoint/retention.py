@@ -60,10 +60,10 @@ def file_problems(reader: StepReader) -> Sequence[str]:
 
 
 def prune(directory: str | Path, keep: int | None, *, store: Store | None = None) -> list[Path]:
-    """Remove all but the `keep` newest committed steps; returns those removed. Call on one rank, after a commit.
+    """Remove all but the `keep` newest committed steps; returns those removed. For one rank, after a commit.
 
-    Damaged steps neither count nor are removed. A step first loses its name, so that a half-removed one is never
-    loaded. A failure is a warning. None: all are kept.
+    Damaged steps neither count nor are removed. A step first loses its name, so that a half-removed one is
+    never loaded. A failure is a warning. None: all are kept.
     """
     if keep is None:
         return []
