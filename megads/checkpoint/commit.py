@@ -128,7 +128,7 @@ def _open(directory: Path, target: Path, store: Store) -> dict[str, Any]:
 
 def _commit(temporary: Path, target: Path, manifest: bytes, store: Store) -> dict[str, Any]:
     """Rank 0: all chunks are safe; make the step exist."""
-    write_file(store, temporary / MANIFEST_NAME, [manifest])
+    write_file(store, temporary / MANIFEST_NAME, blocks=[manifest])
     store.sync_directory(temporary)
     store.rename(temporary, target)
     try:

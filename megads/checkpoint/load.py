@@ -20,7 +20,7 @@ from megads.checkpoint.manifest import Chunk, DamageError, TensorEntry
 from megads.checkpoint.reader import StepReader, open_step
 from megads.checkpoint.retention import set_aside_newer
 from megads.checkpoint.save import dtype_name
-from megads.checkpoint.store import Store
+from megads.checkpoint.store import Store, describe_failure
 from megads.errors import CheckpointError
 from megads.parallel.control import Control
 from megads.parallel.parameter import Piece
@@ -117,9 +117,10 @@ def resume(
         except DamageError as error:
             damaged[str(choice.path)] = str(error)
             continue
+        failure = None
         if control.rank == 0 and choice.is_own:
-            set_aside_newer(directory, reader.step, store=store)
-        control.barrier()
+            failure = _set_aside(directory, reader.step, store)
+        _agree(control, failure)
         return Resumed(reader, choice.sentence)
 
 
@@ -140,11 +141,21 @@ def _choose_together(
             choice = choose(wanted, directory, on_damage=on_damage, damaged=damaged, store=store)
         except CheckpointError as error:
             failure = error
+        except OSError as error:
+            failure = CheckpointError(f"no step can be chosen: {describe_failure(error)}")
     _agree(control, failure)
     path, is_own, sentence = control.broadcast(
         None if choice is None else [choice.path and str(choice.path), choice.is_own, choice.sentence]
     )
     return Choice(path and Path(path), is_own, sentence)
+
+
+def _set_aside(directory: Path, step: int, store: Store) -> CheckpointError | None:
+    try:
+        set_aside_newer(directory, step, store=store)
+    except OSError as error:
+        return CheckpointError(f"newer steps cannot be set aside: {describe_failure(error)}")
+    return None
 
 
 def _agree(control: Agreement, failure: CheckpointError | None) -> None:

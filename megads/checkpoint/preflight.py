@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 from megads.checkpoint.commit import TEMPORARY_PREFIX, Agreement
 from megads.checkpoint.store import Store, describe_failure, make_directories, remove_tree, write_file
@@ -28,49 +27,45 @@ def check_writable(
         CheckpointError: on all ranks: not writable, not shared by all hosts, or too little space.
     """
     directory, store = Path(directory), store or Store()
-    nonce = os.urandom(16).hex()
-    opened = control.broadcast(_open(directory, expected_bytes, nonce, store) if control.rank == 0 else None)
-    failures: list[Any] = [opened.get("failure")]
+    nonce: str = control.broadcast(os.urandom(16).hex())
+    probe = directory / f"{TEMPORARY_PREFIX}probe-{nonce[:8]}"
+    failures = [control.broadcast(_open(probe, expected_bytes, nonce, store) if control.rank == 0 else None)]
     if failures[0] is None:
-        failures = control.all_gather(
-            _probe(directory / opened["probe"], opened["nonce"], control.rank, store)
-        )
-        if control.rank == 0:
-            _close(directory / opened["probe"], store)
+        failures = control.all_gather(_probe(probe, nonce, control.rank, store))
+    if control.rank == 0:
+        _close(probe, store)
     for failure in failures:
         if failure is not None:
             what, found, allowed, do = failure
             raise CheckpointError(what, found=found, allowed=allowed, do=do)
 
 
-def _open(directory: Path, expected_bytes: int, nonce: str, store: Store) -> dict[str, Any]:
+def _open(probe: Path, expected_bytes: int, nonce: str, store: Store) -> list[str] | None:
     """Rank 0: check the space, make the probe directory and put the nonce there."""
-    probe = directory / f"{TEMPORARY_PREFIX}probe-{nonce[:8]}"
+    directory = probe.parent
     try:
         make_directories(store, directory)
         free = store.free(directory)
         if free < expected_bytes:
-            return {
-                "failure": [
-                    f"{directory}: too little space for one checkpoint",
-                    f"{free:,} bytes free",
-                    f"at least {expected_bytes:,} bytes for one step",
-                    "free space, or choose another run.dir",
-                ]
-            }
+            return [
+                f"{directory}: too little space for one checkpoint",
+                f"{free:,} bytes free",
+                f"at least {expected_bytes:,} bytes for one step",
+                "free space, or choose another run.dir",
+            ]
         store.make_directory(probe)
-        write_file(store, probe / "nonce", [nonce.encode()])
+        write_file(store, probe / "nonce", blocks=[nonce.encode()])
         store.sync_directory(probe)
     except OSError as error:
-        return {"failure": _not_writable(directory, describe_failure(error))}
-    return {"probe": probe.name, "nonce": nonce}
+        return _not_writable(directory, describe_failure(error))
+    return None
 
 
 def _probe(probe: Path, nonce: str, rank: int, store: Store) -> list[str] | None:
     """Every rank: read rank 0's nonce, write a file, rename it."""
     who = f"rank {rank} on {socket.gethostname()}"
     try:
-        found = store.read(probe / "nonce", 0, len(nonce))
+        found = store.read(probe / "nonce", offset=0, size=len(nonce))
     except OSError as error:
         found = bytearray(describe_failure(error).encode())
     if found != nonce.encode():
@@ -81,7 +76,7 @@ def _probe(probe: Path, nonce: str, rank: int, store: Store) -> list[str] | None
             "choose a run.dir on a shared file system",
         ]
     try:
-        write_file(store, probe / f"{rank}.part", [nonce.encode()])
+        write_file(store, probe / f"{rank}.part", blocks=[nonce.encode()])
         store.rename(probe / f"{rank}.part", probe / f"{rank}.done")
     except OSError as error:
         return _not_writable(probe.parent, f"{who}: {describe_failure(error)}")

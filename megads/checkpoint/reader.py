@@ -82,7 +82,7 @@ class StepReader:
         path = self.path / chunk.file
         where = f"{path}: damaged at bytes {chunk.offset}..{chunk.offset + chunk.size}, tensor {name}"
         try:
-            data = self.store.read(path, chunk.offset, chunk.size)
+            data = self.store.read(path, offset=chunk.offset, size=chunk.size)
         except OSError as error:
             raise DamageError(where, found=describe_failure(error)) from error
         if len(data) != chunk.size:
@@ -103,6 +103,13 @@ def open_step(path: str | Path, *, store: Store | None = None) -> StepReader:
         DamageError: the manifest is missing, damaged or of another step.
     """
     path, store = Path(path), store or Store()
+    try:
+        return _open(path, store)
+    except OSError as failure:
+        raise DamageError(f"{path}: cannot be read", found=describe_failure(failure)) from failure
+
+
+def _open(path: Path, store: Store) -> StepReader:
     kind = store.kind(path)
     if kind != "directory":
         error = DamageError if kind != "missing" and STEP_NAME.fullmatch(path.name) else CheckpointError
@@ -116,11 +123,8 @@ def open_step(path: str | Path, *, store: Store | None = None) -> StepReader:
         raise DamageError(
             f"{file}: no manifest", found=store.kind(file), allowed="the file that is written last in a save"
         )
-    try:
-        size = store.size(file)
-        data = store.read(file, 0, min(size, MAX_MANIFEST_BYTES + 1))
-    except OSError as failure:
-        raise DamageError(f"{file}: cannot be read", found=describe_failure(failure)) from failure
+    size = store.size(file)
+    data = store.read(file, offset=0, size=min(size, MAX_MANIFEST_BYTES + 1))
     if len(data) > MAX_MANIFEST_BYTES:
         raise DamageError(
             f"{file}: too large for a manifest", found=f"{size} bytes", allowed=MAX_MANIFEST_BYTES

@@ -20,29 +20,34 @@ def step_paths(directory: Path, *, store: Store) -> list[Path]:
     """Everything that has a step's name, damaged or not, newest first; none if the directory is missing.
 
     Raises:
-        CheckpointError: it is no directory, or cannot be listed.
+        CheckpointError: it is no directory.
+        OSError: it cannot be listed.
     """
     kind = store.kind(directory)
     if kind == "missing":
         return []
     if kind != "directory":
         raise CheckpointError(f"{directory}: not a directory", found=kind, allowed="a directory of steps")
-    try:
-        names = [name for name in store.entries(directory) if STEP_NAME.fullmatch(name)]
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be listed", found=describe_failure(error)) from error
+    names = [name for name in store.entries(directory) if STEP_NAME.fullmatch(name)]
     return [directory / name for name in sorted(names, key=lambda name: (len(name), name), reverse=True)]
 
 
 def committed_steps(directory: str | Path, *, store: Store | None = None) -> list[Path]:
     """The steps whose manifest is right, newest first."""
     store = store or Store()
-    return [path for path in step_paths(Path(directory), store=store) if damage(path, store=store) is None]
+    return [path for path in step_paths(Path(directory), store=store) if _is_committed(path, store)]
 
 
 def newest_step(directory: str | Path, *, store: Store | None = None) -> Path | None:
     """The newest committed step, or None."""
     return next(iter(committed_steps(directory, store=store)), None)
+
+
+def _is_committed(path: Path, store: Store) -> bool:
+    try:
+        return damage(path, store=store) is None
+    except CheckpointError:
+        return False
 
 
 def damage(path: Path, *, store: Store) -> str | None:
@@ -67,13 +72,19 @@ def prune(directory: str | Path, keep: int | None, *, store: Store | None = None
     """
     if keep is None:
         return []
-    store, removed = store or Store(), []
-    for path in reversed(committed_steps(directory, store=store)[max(keep, 1) :]):
-        doomed = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}-{os.urandom(4).hex()}")
+    store = store or Store()
+    removed: list[Path] = []
+    try:
+        doomed = list(reversed(committed_steps(directory, store=store)[max(keep, 1) :]))
+    except OSError as error:
+        _log.warning("old steps are not removed: %s", describe_failure(error))
+        return removed
+    for path in doomed:
+        nameless = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}-{os.urandom(4).hex()}")
         try:
-            store.rename(path, doomed)
+            store.rename(path, nameless)
             removed.append(path)
-            remove_tree(store, doomed)
+            remove_tree(store, nameless)
         except OSError as error:
             _log.warning("old step %s is not removed: %s", path, describe_failure(error))
     return removed
@@ -85,7 +96,7 @@ def set_aside_newer(directory: Path, step: int, *, store: Store) -> list[Path]:
     Returns the new paths.
 
     Raises:
-        CheckpointError: a rename failed.
+        OSError: a rename failed.
     """
     moved = []
     for path in step_paths(directory, store=store):
@@ -94,10 +105,7 @@ def set_aside_newer(directory: Path, step: int, *, store: Store) -> list[Path]:
         target, number = directory / f"set-aside-{path.name}", 1
         while store.kind(target) != "missing":
             target, number = directory / f"set-aside-{path.name}.{number}", number + 1
-        try:
-            store.rename(path, target)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be set aside", found=describe_failure(error)) from error
+        store.rename(path, target)
         _log.warning("%s is newer than the step that is loaded: set aside as %s", path, target.name)
         moved.append(target)
     return moved

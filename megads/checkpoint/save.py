@@ -118,7 +118,7 @@ def _write(temporary: Path, pieces: Sequence[Piece], *, rank: int, store: Store)
 
     if all(piece.box.size == 0 for piece in pieces):
         return {"files": {}, "tensors": {piece.name: _entry(tensors, piece) for piece in pieces}}
-    write_file(store, temporary / name, blocks())
+    write_file(store, temporary / name, blocks=blocks())
     store.sync_directory(temporary)
     return {"files": {name: {"size": offset, "blake3": hasher.hexdigest()}}, "tensors": tensors}
 

@@ -46,7 +46,7 @@ class Store:
         status = os.statvfs(path)
         return status.f_bavail * status.f_frsize
 
-    def read(self, path: Path, offset: int, size: int) -> bytearray:
+    def read(self, path: Path, *, offset: int, size: int) -> bytearray:
         """`size` bytes from `offset`, fewer at the end. Never follows a link, never waits on a pipe."""
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
@@ -106,7 +106,7 @@ class Store:
         os.rmdir(path)
 
 
-def write_file(store: Store, path: Path, blocks: Iterable[Buffer]) -> None:
+def write_file(store: Store, path: Path, *, blocks: Iterable[Buffer]) -> None:
     """Write a new file and wait until its bytes are safe; its name is so once its directory is synced.
 
     Raises:

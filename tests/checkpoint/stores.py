@@ -1,7 +1,8 @@
 """Stores that fail on purpose.
 
-`FaultStore` works on real files and raises the error it is told to. `MemoryStore` knows, for every file and directory,
-what is safe and what a power cut may take: bytes become safe by syncing their file, names by syncing their directory.
+`FaultStore` works on real files and raises the error it is told to. `MemoryStore` knows, for every file and
+directory, what is safe and what a power cut may take: bytes become safe by syncing their file, names by
+syncing their directory.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class PowerCut(BaseException):
 
 
 class FaultStore(Store):
-    """Real files; asks `fault(number of the change, operation, path)` before each change for an errno to raise."""
+    """Real files; before each change asks `fault(number, operation, path)` for an errno to raise."""
 
     def __init__(self, fault: Callable[[int, str, str], int | None]) -> None:
         self.count = 0
@@ -78,7 +79,7 @@ class _Directory:
 
 
 class MemoryStore(Store):
-    """A file system in memory that dies at change number `crash_at`, in the middle of it if that is a write."""
+    """A file system in memory that dies at change number `crash_at`, half-way if that is a write."""
 
     def __init__(self, root: _Directory | None = None) -> None:
         self.root = root or _Directory()
@@ -91,8 +92,8 @@ class MemoryStore(Store):
     def survivors(self, survival: str, seed: int) -> MemoryStore:
         """What is found after the crash.
 
-        all: the process was killed, the machine lives. safe: nothing that was not synced. names: every name, but only
-        synced bytes. random: any of these, for each name and file.
+        all: the process was killed, the machine lives. safe: nothing that was not synced. names: every
+        name, but only synced bytes. random: any of these, for each name and file.
         """
         rng = random.Random(seed)
         done: dict[int, Any] = {}
@@ -157,7 +158,7 @@ class MemoryStore(Store):
     def free(self, path: Path) -> int:
         return 1 << 40
 
-    def read(self, path: Path, offset: int, size: int) -> bytearray:
+    def read(self, path: Path, *, offset: int, size: int) -> bytearray:
         return bytearray(self._node(path).data[offset : offset + size])
 
     def create(self, path: Path) -> int:

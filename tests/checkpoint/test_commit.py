@@ -1,8 +1,8 @@
 """A step is there completely or not at all, whenever the process or the power goes.
 
-Every storage operation of a save is a place to die; after each, in each way a file system may survive, the newest step
-must load bit for bit: the new one if its save had returned, else the new or the old one. Protocols that are broken on
-purpose must be caught by the same search.
+Every storage operation of a save is a place to die; after each, in each way a file system may survive, the
+newest step must load bit for bit: the new one if its save had returned, else the new or the old one.
+Protocols that are broken on purpose must be caught by the same search.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def save_state(store: Store, step: int, ranks: int) -> bool:
 
     def one(control: Control) -> Path:
         share = pieces[control.rank :: ranks]
-        return save(DIRECTORY, step, pieces=share, objects={}, control=control, writers_per_node=1, store=store)
+        return save(
+            DIRECTORY, step, pieces=share, objects={}, control=control, writers_per_node=1, store=store
+        )
 
     results = run_threads(ranks, one)
     for result in results:
@@ -112,7 +114,7 @@ def no_directory_sync(only: Callable[[Path], bool]) -> Callable[[MemoryStore, Pa
 
 def rename_first(temporary: Path, target: Path, manifest: bytes, store: Store) -> dict[str, Any]:
     store.rename(temporary, target)
-    write_file(store, target / MANIFEST_NAME, [manifest])
+    write_file(store, target / MANIFEST_NAME, blocks=[manifest])
     store.sync_directory(target)
     store.sync_directory(target.parent)
     return {}

@@ -20,10 +20,19 @@ from megads.parallel.control import Control
 from megads.parallel.parameter import Piece
 from megads.parallel.shard import Box
 from tests.checkpoint.samples import bits, empty_like, random_cut, same, small_state, whole
+from tests.checkpoint.stores import FaultStore
 from tests.checkpoint.threads import run_threads
 
 ALONE = Control(0, 1)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.bool,
+    torch.float8_e4m3fn,
+)
 
 
 def random_state(rng: random.Random) -> dict[str, torch.Tensor]:
@@ -61,7 +70,9 @@ def test_any_cut_loads_what_any_other_saved(
     wanted = random_cut(empty_like(state), readers, rng)
     paths = run_threads(
         writers,
-        lambda c: save(tmp_path, 7, pieces=saved[c.rank], objects={"seed": seed}, control=c, writers_per_node=at_once),
+        lambda c: save(
+            tmp_path, 7, pieces=saved[c.rank], objects={"seed": seed}, control=c, writers_per_node=at_once
+        ),
     )
     assert paths == [tmp_path / "step-00000007"] * writers
     loaded = run_threads(readers, lambda c: load(paths[0], wanted[c.rank], control=c))
@@ -77,9 +88,9 @@ def test_only_chunks_that_meet_a_box_are_read(tmp_path: Path, monkeypatch: pytes
     class Counting(Store):
         total = 0
 
-        def read(self, path: Path, offset: int, size: int) -> bytearray:
+        def read(self, path: Path, *, offset: int, size: int) -> bytearray:
             self.total += size if path.suffix == ".bin" else 0
-            return super().read(path, offset, size)
+            return super().read(path, offset=offset, size=size)
 
     store = Counting()
     piece = Piece("w", (100, 10), Box((3, 2), (5, 4)), torch.zeros(2, 2))
@@ -111,7 +122,8 @@ def test_values_outside_the_box_stay(tmp_path: Path) -> None:
         ({"model/w": None}, ["1 only in the checkpoint: model/w"]),
         ({"model/new": torch.zeros(2)}, ["1 not in the checkpoint: model/new"]),
         (
-            {f"model/x{i:02d}": torch.zeros(2) for i in range(20)} | {"model/w": None, "model/b": torch.zeros(5)},
+            {f"model/x{i:02d}": torch.zeros(2) for i in range(20)}
+            | {"model/w": None, "model/b": torch.zeros(5)},
             [
                 "20 not in the checkpoint: model/x00, ",
                 "and 12 more",
@@ -152,10 +164,10 @@ def test_a_read_error_on_one_rank_is_told_by_all(tmp_path: Path, bad_rank: int) 
     path = save(tmp_path, 1, pieces=whole(state), objects={}, control=ALONE)
 
     class Bad(Store):
-        def read(self, path: Path, offset: int, size: int) -> bytearray:
+        def read(self, path: Path, *, offset: int, size: int) -> bytearray:
             if path.suffix == ".bin":
                 raise OSError(errno.EIO, "Input/output error", str(path))
-            return super().read(path, offset, size)
+            return super().read(path, offset=offset, size=size)
 
     def one(control: Control) -> None:
         store = Bad() if control.rank == bad_rank else Store()
@@ -171,8 +183,8 @@ def test_a_bit_that_flips_while_reading_is_found(tmp_path: Path) -> None:
     path = save(tmp_path, 1, pieces=whole(small_state()), objects={}, control=ALONE)
 
     class Flipping(Store):
-        def read(self, path: Path, offset: int, size: int) -> bytearray:
-            data = super().read(path, offset, size)
+        def read(self, path: Path, *, offset: int, size: int) -> bytearray:
+            data = super().read(path, offset=offset, size=size)
             data[len(data) // 2] ^= 16
             return data
 
@@ -218,6 +230,32 @@ def test_resume_takes_the_older_step_when_damage_shows_only_in_the_bytes(tmp_pat
     save(tmp_path, 3, pieces=whole(states[3]), objects={}, control=ALONE)
     assert resume("auto", tmp_path, pieces=whole(wanted), control=ALONE).reader.step == 3
     assert same(wanted, states[3])
+
+
+@pytest.mark.parametrize("operation", ["kind", "entries"])
+def test_a_directory_that_cannot_be_read_is_told_on_all_ranks(tmp_path: Path, operation: str) -> None:
+    save(tmp_path, 1, pieces=whole(small_state()), objects={}, control=ALONE)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    store = Store()
+    setattr(store, operation, refuse)
+    results = run_threads(2, lambda c: resume("auto", tmp_path, pieces=[], control=c, store=store))
+    assert {(type(e), str(e)) for e in results} == {
+        (CheckpointError, f"rank 0: no step can be chosen: {tmp_path}: Permission denied")
+    }
+
+
+def test_newer_steps_that_cannot_be_set_aside_are_told_on_all_ranks(tmp_path: Path) -> None:
+    pieces = whole(small_state())
+    for step in (1, 2):
+        save(tmp_path, step, pieces=pieces, objects={}, control=ALONE)
+    store = FaultStore(lambda _n, name, _p: errno.EROFS if name == "rename" else None)
+    results = run_threads(
+        2, lambda c: resume(f"{tmp_path}/step-00000001", tmp_path, pieces=pieces, control=c, store=store)
+    )
+    assert all("newer steps cannot be set aside" in str(e) for e in results), results
 
 
 def test_a_fresh_start_leaves_the_pieces_alone(tmp_path: Path) -> None:

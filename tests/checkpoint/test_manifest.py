@@ -1,4 +1,4 @@
-"""A manifest is refused if a single bit is wrong, and, however well signed, before it can cost memory or reach outside."""
+"""A manifest is refused if one bit is wrong and, however well signed, before it costs memory."""
 
 from __future__ import annotations
 

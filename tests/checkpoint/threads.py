@@ -30,7 +30,7 @@ class ThreadControl(Control):
 
 
 def run_threads(size: int, function: Callable[[Control], Any]) -> list[Any]:
-    """What `function` returned or raised, by rank. A rank that dies by no Exception takes the others with it."""
+    """What `function` returned or raised, by rank. One that dies by no Exception takes the others with it."""
     if size == 1:
         try:
             return [function(Control(0, 1))]
