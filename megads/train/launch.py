@@ -21,10 +21,11 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, SubprocessContext
@@ -40,8 +41,10 @@ INTERRUPTED = 130
 
 PEER_PATIENCE = 5.0  # seconds that ranks get to end after one of them died
 INTERRUPT_PATIENCE = 10.0  # ... after Ctrl-C
+STORE_PATIENCE = 1.0  # ... that host 0 keeps the store up, for the others to read the reason
 SAVE_PATIENCE = 120  # ... to finish a step and save it, after any other signal
 
+DEATH_KEY = "megads/first-death"
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 # Torch tells what it does to the ranks, in many lines; the reason of the end is told here, in one.
@@ -143,8 +146,8 @@ def run_ranks(command: Sequence[str], hosts: Hosts) -> int:
             agent.run()
         except SignalException as stop:
             stopped_by = stop.sigval
-        except RendezvousError as error:
-            do = f"check that host 0 runs and answers at {hosts.endpoint}"
+        except (RendezvousError, DistError) as error:
+            do = f"check that host 0 runs and that {hosts.endpoint} is free there and open to the others"
             raise RankError("the hosts did not find each other", found=error, do=do) from error
         return _verdict(agent.deaths(), stopped_by)
 
@@ -219,9 +222,10 @@ class _Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, scratch: str) -> None:
         super().__init__(spec, DefaultLogsSpecs(log_dir=scratch), shutdown_timeout=SAVE_PATIENCE)
         self._first_dead: frozenset[int] = frozenset()
+        self._elsewhere: tuple[Death, ...] = ()
 
     def deaths(self) -> list[Death]:
-        """How the ranks of this host ended."""
+        """How the ranks of this host ended, and the first that died on another host."""
         files = self._pcontext.error_files if self._pcontext else {}
         deaths = []
         for local_rank, code in self._codes().items():
@@ -232,7 +236,7 @@ class _Agent(LocalElasticAgent):
                     rank, -signal.SIGKILL if code is None else code, Path(files[local_rank]), is_told=is_told
                 )
             )
-        return deaths
+        return [*deaths, *self._elsewhere]
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         dead = {local_rank: code for local_rank, code in self._codes().items() if code}
@@ -240,9 +244,35 @@ class _Agent(LocalElasticAgent):
             self._first_dead = frozenset(dead)
             if set(dead.values()) == {SAVED}:
                 self._wait(SAVE_PATIENCE)  # the others are returning from the same save
+            else:
+                self._exchange(worker_group, _cause(self.deaths()))
             self._end(signal.SIGTERM, PEER_PATIENCE)
+        elif not dead:
+            self._exchange(worker_group, None)
+            if self._elsewhere:
+                self._end(signal.SIGTERM, PEER_PATIENCE)
         result: RunResult = super()._monitor_workers(worker_group)
         return result
+
+    def _exchange(self, worker_group: WorkerGroup, cause: Death | None) -> None:
+        """Tell the other hosts of the first death, or learn it from them."""
+        store, is_first = worker_group.store, worker_group.group_rank == 0
+        if worker_group.group_world_size == 1 or store is None:
+            return
+        try:
+            if cause is not None:
+                first = store.compare_set(DEATH_KEY, "", json.dumps(asdict(cause)))
+            elif store.check([DEATH_KEY]):
+                first = store.get(DEATH_KEY)
+            else:
+                return
+            death = Death(**json.loads(first))
+        except DistError:  # the store lives in the launcher of host 0
+            death = Death(0, 1, "the launcher of host 0 is gone", "", time.time(), is_echo=True)
+        if death != cause:
+            self._elsewhere = (death,)
+        if is_first:
+            time.sleep(STORE_PATIENCE)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = PEER_PATIENCE) -> None:
         is_interrupt = death_sig == signal.SIGINT
@@ -315,6 +345,10 @@ def _read_death(rank: int, code: int, left: Path, *, is_told: bool) -> Death:
     return Death(rank, extra["code"], message["message"], trace, extra["time"], is_echo)
 
 
+def _cause(deaths: Sequence[Death]) -> Death:
+    return min(deaths, key=lambda death: (death.is_echo, death.time))
+
+
 def _verdict(deaths: Sequence[Death], stopped_by: signal.Signals | None) -> int:
     """The exit code of the job; a failure's reason is printed."""
     failures = [death for death in deaths if death.code not in (0, SAVED)]
@@ -326,6 +360,6 @@ def _verdict(deaths: Sequence[Death], stopped_by: signal.Signals | None) -> int:
         return INTERRUPTED if stopped_by == signal.SIGINT else 1
     if not failures:
         return max((death.code for death in deaths), default=0)
-    cause = min(failures, key=lambda death: (death.is_echo, death.time))
+    cause = _cause(failures)
     print(*filter(None, [cause.trace, cause.reason]), sep="\n", file=sys.stderr)
     return cause.code if cause.code == ConfigError.exit_code else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,16 +16,19 @@ from pathlib import Path
 import pytest
 
 from megads import __main__ as top
+from megads.errors import RankError
 from megads.train import launch as module
 from megads.train.launch import Hosts, run_ranks
 
 ROOT = Path(__file__).parents[2]
+ONE_HOST = Hosts(3)
 
 # A rank: behaves as argv says, below the project's own top frame. Rank 1 is the one that fails.
 RANK = """
 import os, signal, sys, time
 from types import ModuleType
 from megads import __main__ as top
+from megads.errors import RankError
 from megads.errors import ConfigError, RankError
 
 def ready(handler):
@@ -48,11 +52,14 @@ def act(argv):
         ready(lambda number, frame: sys.exit(75))
         time.sleep(100)
     if rank == 1:
-        while sum(name.startswith("ready") for name in os.listdir(".")) < 2:
+        while sum(name.startswith("ready") for name in os.listdir(".")) < int(os.environ["WORLD_SIZE"]) - 1:
             time.sleep(0.01)
         if behaviour == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("the reason")
+    if behaviour == "raised far away":
+        ready(signal.SIG_DFL)
+        time.sleep(100)
     if behaviour == "raised":
         ready(signal.SIG_DFL)
         time.sleep(0.2)
@@ -81,12 +88,13 @@ class Ended:
 class Job:
     """A launcher of three ranks in its own directory, where ranks that are ready leave their process ids."""
 
-    def __init__(self, folder: Path, *argv: str) -> None:
+    def __init__(self, folder: Path, *argv: str, hosts: Hosts = ONE_HOST) -> None:
         (folder / "rank.py").write_text(RANK)
         self._folder = folder
+        self._host = str(hosts.host_rank)
         self._start = time.monotonic()
         # Forked, because this process has imported torch already.
-        self.process = multiprocessing.get_context("fork").Process(target=_launch, args=(folder, argv))
+        self.process = multiprocessing.get_context("fork").Process(target=_launch, args=(folder, argv, hosts))
         self.process.start()
 
     def wait_ready(self) -> None:
@@ -103,21 +111,21 @@ class Job:
     def end(self) -> Ended:
         self.process.join(timeout=60)
         seconds = time.monotonic() - self._start
-        said, errors = ((self._folder / name).read_text() for name in ("stdout", "stderr"))
+        said, errors = ((self._folder / (name + self._host)).read_text() for name in ("out", "err"))
         return Ended(self.process.exitcode, said, errors, seconds)
 
     def alive(self) -> list[int]:
         return [pid for pid in self.pids() if Path(f"/proc/{pid}").exists()]
 
 
-def _launch(folder: Path, argv: tuple[str, ...]) -> None:
+def _launch(folder: Path, argv: tuple[str, ...], hosts: Hosts) -> None:
     os.chdir(folder)
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}{hosts.host_rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.pop("OMP_NUM_THREADS", None)
     os.environ["PYTHONPATH"] = str(ROOT)
     with open(2, "w", closefd=False) as sys.stderr:
-        code = run_ranks([sys.executable, "rank.py", *argv], Hosts(3))
+        code = run_ranks([sys.executable, "rank.py", *argv], hosts)
     os._exit(code)
 
 
@@ -132,8 +140,8 @@ def jobs(tmp_path: Path) -> Iterator[list[Job]]:
             os.kill(pid, signal.SIGKILL)
 
 
-def start(jobs: list[Job], folder: Path, *argv: str) -> Job:
-    jobs.append(Job(folder, *argv))
+def start(jobs: list[Job], folder: Path, *argv: str, hosts: Hosts = ONE_HOST) -> Job:
+    jobs.append(Job(folder, *argv, hosts=hosts))
     return jobs[-1]
 
 
@@ -190,6 +198,30 @@ def test_signals_are_passed_on(
     assert ended.seconds < 15
     assert ended.errors == ("" if code == 75 else f"stopped by {number.name}\n")
     assert job.alive() == []
+
+
+def test_a_death_on_one_host_ends_the_others_with_its_reason(jobs: list[Job], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    for host in range(2):
+        start(jobs, tmp_path, "raised far away", hosts=Hosts(1, 2, host, endpoint))
+    for ended in [job.end() for job in jobs]:
+        assert ended.code == 1
+        assert ended.seconds < 15
+        assert ended.errors.splitlines()[-1] == "rank 1: ValueError: the reason"
+    assert jobs[0].alive() == []
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MEGADS_LAUNCHER", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+        monkeypatch.setenv(name, "")  # run_ranks sets them: restored after the test
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = used.getsockname()[1]
+        with pytest.raises(RankError, match=str(port)):
+            run_ranks(["true"], Hosts(1, 2, 0, f"127.0.0.1:{port}"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
