@@ -1,8 +1,7 @@
 """Config file + overrides -> `Config`, and every mistake at once.
 
-    file.yaml --document.read--> tree --overrides--> tree --pydantic, strict--> Config
-                                   \\                                 |
-                                    line numbers --------------> mistakes -> one ConfigError
+    file --document.read--> tree + line numbers --overrides--> tree --pydantic, strict--> Config
+                                                                       or its errors --> one ConfigError
 
 A mistake is said as `file:line: key: what is wrong (allowed: ...)`. Whether correct values fit each other and
 the ranks is not asked here: `assemble/rules.py` does that.
@@ -34,13 +33,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming every unknown or missing key and every wrong value of the file and the overrides.
     """
-    text = document.read(path)
+    return _validated(document.read(path), str(path), overrides)
+
+
+def load_text(text: str, overrides: Sequence[str] = (), *, source: str) -> Config:
+    """As `load`, from a text that `source` names in messages (a checkpoint holds its run's config)."""
+    return _validated(document.parse(text, source), source, overrides)
+
+
+def _validated(text: document.Document, source: str, overrides: Sequence[str]) -> Config:
     if not isinstance(text.tree, dict):
         found = "an empty file" if text.tree is None else f"a {type(text.tree).__name__}"
         raise ConfigError(
-            f"{path}: not a config", found=found, allowed=", ".join(_names(section_keys(Config)))
+            f"{source}: not a config", found=found, allowed=", ".join(_names(section_keys(Config)))
         )
-    draft = _Draft(str(path), text)
+    draft = _Draft(source, text)
     for override in overrides:
         draft.override(override)
     return draft.validate()
@@ -120,29 +127,29 @@ class _Draft:
             self.mistakes[spot.path] = f"found {_show(spot.value)} (allowed: {legal_values(spot.kind)})"
 
     def _overridden(self, path: KeyPath) -> str | None:
+        """The override that wrote `path`, or a value around it."""
         return next((text for at, text in self.overrides.items() if path[: len(at)] == at), None)
 
     def _lines(self) -> Iterator[str]:
+        """The mistakes in words: those of the file in its order, then those of the overrides."""
         told = []
         for path, problem in self.mistakes.items():
-            inner = (
-                other for other in self.mistakes if len(other) > len(path) and other[: len(path)] == path
-            )
-            if problem.startswith("found") and any(inner):
+            parts = [other for other in self.mistakes if other != path and other[: len(path)] == path]
+            if problem.startswith("found") and parts:
                 continue  # the value as a whole is wrong because of a part of it, which is told
-            line = next(
-                (self.text.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.text.lines), 0
-            )
-            override = self._overridden(path)
-            where = (
-                f"override {override}"
-                if override is not None
-                else f"{self.file}:{line}"
-                if line
-                else self.file
-            )
+            override, line = self._overridden(path), self._line(path)
+            where = f"{self.file}:{line}" if line else self.file
+            if override is not None:
+                where = f"override {override}"
             told.append((override is not None, line, f"{where}: {_dotted(path)}: {problem}"))
         return (text for _, _, text in sorted(told, key=lambda item: item[:2]))
+
+    def _line(self, path: KeyPath) -> int:
+        """The line of a key, or of the nearest one around it that is written; 0 if none is."""
+        written = [
+            self.text.lines[path[:end]] for end in range(len(path) + 1) if path[:end] in self.text.lines
+        ]
+        return written[-1] if written else 0
 
 
 @dataclass(frozen=True, slots=True)

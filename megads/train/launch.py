@@ -230,12 +230,9 @@ class _Agent(LocalElasticAgent):
         deaths = []
         for local_rank, code in self._codes().items():
             rank = self._worker_group.workers[local_rank].global_rank
+            code = -signal.SIGKILL if code is None else code
             is_told = local_rank not in self._first_dead
-            deaths.append(
-                _read_death(
-                    rank, -signal.SIGKILL if code is None else code, Path(files[local_rank]), is_told=is_told
-                )
-            )
+            deaths.append(_read_death(rank, code, Path(files[local_rank]), is_told=is_told))
         return [*deaths, *self._elsewhere]
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -332,7 +329,8 @@ def _read_death(rank: int, code: int, left: Path, *, is_told: bool) -> Death:
     """
     reason = f"rank {rank}: ended with exit code {code} and left no message"
     if code < 0:
-        reason = f"rank {rank}: killed by {signal.Signals(-code).name}"
+        names = {number.value: number.name for number in signal.Signals}
+        reason = f"rank {rank}: killed by {names.get(-code, f'signal {-code}')}"
         if code == -signal.SIGKILL:
             reason += " (kill -9; the kernel does this when memory is full)"
     try:
@@ -346,6 +344,7 @@ def _read_death(rank: int, code: int, left: Path, *, is_told: bool) -> Death:
 
 
 def _cause(deaths: Sequence[Death]) -> Death:
+    """The death that explains the others."""
     return min(deaths, key=lambda death: (death.is_echo, death.time))
 
 
