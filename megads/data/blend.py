@@ -60,8 +60,8 @@ class Segment:
 
     def __post_init__(self) -> None:
         sizes = (self.first_step, self.batch_size, self.sequence_length, self.page)
-        if min(sizes) < 1:
-            raise DataError("impossible segment: a step or size below 1", found=self)
+        if not all(type(size) is int and size >= 1 for size in sizes):
+            raise DataError("impossible segment", found=self, allowed="whole steps and sizes, 1 or more")
         if self.page % self.sequence_length and self.sequence_length % self.page:
             raise DataError(
                 "data.sequence_length and data.page do not fit",
@@ -71,8 +71,9 @@ class Segment:
         edges = [edge for pair in self.skipped for edge in pair]
         if edges != sorted(edges) or min(edges, default=0) < 0:
             raise DataError("skipped ranges are not ascending and disjoint", found=self.skipped)
-        if not any(share.weight > 0 for share in self.corpora):
-            raise DataError("no corpus has a weight above 0", found=self.corpora)
+        if not all(type(share.cursor) is int and share.cursor >= 0 for share in self.corpora):
+            raise DataError("impossible cursor of a corpus", found=self.corpora, allowed="0 or more tokens")
+        self.blend()  # refuses impossible weights
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able value; `from_dict` is its inverse."""
@@ -89,14 +90,14 @@ class Segment:
         except (TypeError, KeyError, ValueError) as error:
             raise DataError("a segment of the history cannot be read", found=error) from error
 
-    def samples(self, step: int, start: int, stop: int) -> NDArray[np.int64]:
+    def samples(self, step: int, *, start: int, stop: int) -> NDArray[np.int64]:
         """Numbers within the segment of the samples `start..stop-1` of a step's batch, int64."""
         first = (step - self.first_step) * self.batch_size
         return self._unskipped(np.arange(first + start, first + stop, dtype=np.int64))
 
     def cursors(self, step: int) -> tuple[int, ...]:
         """The cursor of each corpus when `step` (>= first_step) begins, in tokens."""
-        num_samples = int(self.samples(step, 0, 1)[0])
+        num_samples = int(self.samples(step, start=0, stop=1)[0])
         counts = self.blend().counts(num_samples)
         return tuple(
             share.cursor + count * self.sequence_length

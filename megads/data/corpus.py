@@ -299,7 +299,9 @@ class CorpusWriter:
         """Tokens added so far."""
         return self._staged.num_tokens
 
-    def add(self, ids: NDArray[np.integer], lengths: NDArray[np.integer], sources: NDArray[np.void]) -> None:
+    def add(
+        self, ids: NDArray[np.integer], lengths: NDArray[np.integer], *, sources: NDArray[np.void]
+    ) -> None:
         """Append documents; `sources` has one (file, record) of `SOURCE_DTYPE` each."""
         self._staged.add(ids, lengths)
         self._sources.write(sources.tobytes())

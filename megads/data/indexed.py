@@ -26,6 +26,7 @@ import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
@@ -37,8 +38,8 @@ from megads.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-FLOAT_CODES = {6: "float64", 7: "float32"}
+DTYPES = MappingProxyType({1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"})
+FLOAT_CODES = MappingProxyType({6: "float64", 7: "float32"})
 UINT16_VOCAB_SIZE = 65500
 """Megatron stores vocabularies below this size as uint16 and all others as int32."""
 BLOCK = 1 << 18

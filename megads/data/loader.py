@@ -27,7 +27,6 @@ from megads.data.sequence import Batch, Packing, Span, pack
 from megads.errors import DataError, LayoutError
 
 logger = logging.getLogger("megads.data")
-NO_STARTS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ class Loader:
 
     Raises:
         DataError: a corpus of the history is not among `corpora`, or is shorter than a page.
-        LayoutError: a batch size of the history cannot be divided among the ranks.
+        LayoutError: the batch of the last segment cannot be divided among the ranks.
     """
 
     def __init__(
@@ -83,16 +82,17 @@ class Loader:
         self._corpora: Mapping[str, Corpus] = {corpus.fingerprint: corpus for corpus in corpora}
         self._streams: dict[str, PageStream] = {}
         for segment in self._history:
-            self._check_rows(segment)
             for share in segment.corpora:
                 if share.weight > 0 and share.fingerprint in self._corpora:
                     num_pages = self._corpora[share.fingerprint].num_pages(segment.page)
                     self._streams[share.fingerprint] = PageStream(num_pages, seed, share.fingerprint)
+        self._check_rows(self._history[-1])
         self._check_present(self._history[-1])
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the batch of `step` (from 1). Raises DataError for unreadable data."""
         segment = segment_at(self._history, step)
+        self._check_rows(segment)
         num_rows = segment.batch_size // self._dp_size
         first = self._dp_rank * num_rows
         rows = [
@@ -119,7 +119,7 @@ class Loader:
     def _ranges(self, segment: Segment, step: int, start: int, stop: int) -> list[list[TokenRange]]:
         """Token ranges of rows start..stop-1 of the step's global batch."""
         self._check_present(segment)
-        assignment = segment.blend().assign(segment.samples(step, start, stop))
+        assignment = segment.blend().assign(segment.samples(step, start=start, stop=stop))
         rows: list[list[TokenRange]] = [[] for _ in range(stop - start)]
         for number, share in enumerate(segment.corpora):
             chosen = np.flatnonzero(assignment.corpus == number)
@@ -213,7 +213,11 @@ class ValidLoader:
         for row in range(self._first_row, self._first_row + self._num_rows):
             window = number * self._batch_size + row
             start, stop = window * length, min((window + 1) * length, self.num_labels)
-            rows.append([read_span(self.corpus, start, stop, packing=self._packing)] if start < stop else [])
+            rows.append(
+                [read_span(self.corpus, start=start, stop=stop, packing=self._packing)]
+                if start < stop
+                else []
+            )
         return pack(
             rows, self._packing, sequence_length=length, first_sample=self._first_row, step=number + 1
         )
@@ -225,12 +229,13 @@ class ValidLoader:
         return self.num_batches
 
 
-def read_span(corpus: Corpus, start: int, stop: int, *, packing: Packing) -> Span:
+def read_span(corpus: Corpus, *, start: int, stop: int, packing: Packing) -> Span:
     """Inputs [start, stop) of a corpus and their labels. Raises DataError for ids outside the vocabulary."""
     tokens = corpus.tokens.read(start, stop - start + 1)
     check_ids(corpus, tokens, vocab_size=packing.vocab_size, start=start)
-    starts = corpus.tokens.document_starts(start, stop) - start if packing.document_mask else NO_STARTS
-    return Span(tokens, starts)
+    if not packing.document_mask:
+        return Span(tokens, starts=np.empty(0, dtype=np.int64))
+    return Span(tokens, starts=corpus.tokens.document_starts(start, stop) - start)
 
 
 def stream_ranges(

@@ -89,7 +89,7 @@ class Part:
     num_empty: int = 0
 
     def add(self, encoded: Encoded) -> None:
-        self.writer.add(encoded.ids, encoded.lengths, encoded.sources)
+        self.writer.add(encoded.ids, encoded.lengths, sources=encoded.sources)
         self.text_bytes += encoded.text_bytes
         self.num_empty += encoded.num_empty
 

@@ -43,7 +43,6 @@ class Options:
     max_bytes: int = MAX_BYTES
     key: str = "text"
     skip_bad: bool = False
-    workers: int = 1
 
 
 def train_tokenizer(options: Options) -> Path:
@@ -75,22 +74,30 @@ def train_tokenizer(options: Options) -> Path:
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=options.workers,
+            num_threads=1,  # stands in the file: more would change its bytes
             minloglevel=2,
         )
     except MegadsError:
         raise
     except (RuntimeError, OSError) as error:
-        limit = re.search(r"<= (\d+)", str(error))
         raise DataError(
             "the vocabulary cannot be learned from this text",
             found=f"--vocab-size {options.vocab_size}, {lines.num_bytes} bytes of text ({error})",
-            allowed=f"at most {limit[1]} for this text" if limit else "a vocabulary that the text can fill",
-            do="give more text or a smaller --vocab-size",
+            allowed=_allowed_sizes(str(error)),
+            do="set --vocab-size within this, or give more text",
         ) from error
     write_durably(options.output, model.getvalue())
     print(f"{options.output}: {options.vocab_size} ids from {lines.num_bytes} bytes of text")
     return options.output
+
+
+def _allowed_sizes(message: str) -> str:
+    """The bound on the vocabulary size that SentencePiece's message tells."""
+    if most := re.search(r"too high.*<= (\d+)", message):
+        return f"at most {most[1]} ids for this text"
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"at least {least[1]} ids for the characters of this text"
+    return "a vocabulary that the text can fill"
 
 
 class _Lines:
@@ -159,12 +166,11 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         default="error",
         help="what to do with a record that cannot be read: stop (default), or leave it out",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads (default 1)")
     given = parser.parse_args(argv)
     if given.vocab_size < MIN_VOCAB_SIZE:
         parser.error(f"--vocab-size {given.vocab_size}: allowed are {MIN_VOCAB_SIZE} (all bytes) and more")
-    if given.max_bytes < 1 or given.workers < 1:
-        parser.error("--max-bytes and --workers: allowed are 1 and more")
+    if given.max_bytes < 1:
+        parser.error(f"--max-bytes {given.max_bytes}: allowed are 1 and more")
     if given.output is not None and not given.output.endswith(".model"):
         parser.error(f"--output {given.output}: the name of a SentencePiece model ends with .model")
     return Options(
@@ -174,7 +180,6 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         max_bytes=given.max_bytes,
         key=given.key,
         skip_bad=given.on_error == "skip",
-        workers=given.workers,
     )
 
 

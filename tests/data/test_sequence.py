@@ -1,0 +1,77 @@
+"""Packing: labels are the next token, masks and positions follow documents and spans."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megads.data.sequence import Batch, Packing, Span, pack
+from megads.errors import DataError
+
+EOD = 9
+
+
+def span(*tokens: int, starts: tuple[int, ...] = ()) -> Span:
+    return Span(np.array(tokens, dtype=np.uint16), np.array(starts, dtype=np.int64))
+
+
+def packed(*rows: list[Span], length: int = 6, **options: bool) -> Batch:
+    packing = Packing(vocab_size=100, eod=EOD, **options)
+    return pack(rows, packing, sequence_length=length, first_sample=4, step=7)
+
+
+def test_labels_are_the_token_that_follows_in_each_span() -> None:
+    batch = packed([span(1, 2, 3, 4), span(50, 51, 52, 53)])
+    assert batch.tokens.tolist() == [[1, 2, 3, 50, 51, 52]]
+    assert batch.labels.tolist() == [[2, 3, 4, 51, 52, 53]]
+    assert batch.mask.all()
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert batch.document_ids is None
+
+
+def test_document_mask_restarts_at_documents_and_at_spans() -> None:
+    batch = packed([span(1, EOD, 3, 4, starts=(2,)), span(5, 6, 7, 8, starts=(0, 1))], document_mask=True)
+    assert batch.document_ids is not None
+    assert batch.document_ids.tolist() == [[0, 0, 1, 2, 3, 3]]
+    assert batch.positions.tolist() == [[0, 1, 0, 0, 0, 1]]
+
+
+def test_eod_mask_loss_leaves_out_what_follows_the_end_of_a_document() -> None:
+    row = [span(1, EOD, 3, 4, 5, EOD, 7)]
+    assert packed(row, eod_mask_loss=True).mask.tolist() == [[True, False, True, True, True, False]]
+    assert packed(row).mask.all()
+
+
+def test_padding_counts_nowhere_and_is_a_document_of_its_own() -> None:
+    batch = packed([span(1, 2, 3)], [], document_mask=True)
+    assert batch.mask.tolist() == [[True, True, False, False, False, False], [False] * 6]
+    assert batch.document_ids is not None
+    assert batch.document_ids.tolist() == [[0, 0, 1, 1, 1, 1], [0] * 6]
+    assert batch.tokens.tolist() == [[1, 2, 0, 0, 0, 0], [0] * 6]
+
+
+def test_types_samples_and_step() -> None:
+    batch = packed([span(1, 2, 3, 4, 5, 6, 7)], [span(1, 2, 3, 4, 5, 6, 7)], document_mask=True)
+    for tensor in (batch.tokens, batch.labels, batch.positions, batch.document_ids, batch.samples):
+        assert tensor is not None
+        assert tensor.dtype == torch.int64
+    assert batch.mask.dtype == torch.bool
+    assert batch.samples.tolist() == [4, 5]
+    assert batch.step == 7
+
+
+def test_rows_and_to_keep_every_field() -> None:
+    batch = packed([span(1, 2, 3, 4, 5, 6, 7)], [span(2, 3, 4, 5, 6, 7, 8)], [span(3, 4)], document_mask=True)
+    part = batch.rows(1, 3).to(torch.device("cpu"))
+    assert part.tokens.tolist() == batch.tokens[1:].tolist()
+    assert part.samples.tolist() == [5, 6]
+    assert part.document_ids is not None
+    assert part.document_ids.shape == (2, 6)
+    assert part.step == 7
+    assert part.tokens.data_ptr() == batch.tokens[1:].data_ptr()
+
+
+def test_eod_mask_loss_without_eod_is_refused() -> None:
+    with pytest.raises(DataError, match="eod_mask_loss"):
+        Packing(vocab_size=10, eod_mask_loss=True)
