@@ -140,9 +140,8 @@ class Loader:
         return rows
 
     def _read(self, token_range: TokenRange) -> Span:
-        return read_span(
-            self._corpora[token_range.corpus], token_range.start, token_range.stop, packing=self._packing
-        )
+        corpus = self._corpora[token_range.corpus]
+        return read_span(corpus, start=token_range.start, stop=token_range.stop, packing=self._packing)
 
     def _check_rows(self, segment: Segment) -> None:
         if segment.batch_size % self._dp_size:
