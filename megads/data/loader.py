@@ -125,9 +125,7 @@ class Loader:
             chosen = np.flatnonzero(assignment.corpus == number)
             if not chosen.size:
                 continue
-            begins = (
-                share.cursor + assignment.index[chosen] * segment.sequence_length
-            )  # [rows of this corpus]
+            begins = share.cursor + assignment.index[chosen] * segment.sequence_length  # [rows of corpus]
             found = stream_ranges(
                 self._streams[share.fingerprint],
                 begins,

@@ -42,6 +42,9 @@ BATCH_DOCUMENTS = 1024
 NUM_NAMED_BAD = 20
 """Bad records that are named in the log and the manifest; the others are only counted."""
 
+NUM_NAMED_KINDS = 8
+"""Kinds of files left out that the summary names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -379,10 +382,15 @@ def print_summary(options: Options, report: Report, *, seconds: float) -> None:
             f" ({manifest.tokens / manifest.text_bytes:.4f} tokens per byte), {manifest.num_empty} empty ones"
         )
     if manifests[0].num_bad:
-        print(f"{manifests[0].num_bad} records could not be read and were left out (named in the manifest)")
+        print(
+            f"{manifests[0].num_bad} records could not be read and were left out (the manifest names the first)"
+        )
     if report.left_out:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(report.left_out.items()))
-        print(f"files of other kinds in the folders, left out: {kinds}")
+        most = sorted(report.left_out.items(), key=lambda item: -item[1])[:NUM_NAMED_KINDS]
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in most)
+        print(
+            f"{sum(report.left_out.values())} files of other kinds in the folders were left out: {kinds} ..."
+        )
     rate = sum(manifest.text_bytes for manifest in manifests) / 1e6 / max(seconds, 1e-9)
     print(f"{seconds:.1f} s, {rate:.1f} MB/s")
     valid = f" data.valid={prefixes[1]}" if len(manifests) > 1 else ""

@@ -104,6 +104,35 @@ def test_no_token_is_lost_or_repeated_when_everything_changes(counting_corpus: M
         assert sorted(token for token in seen if first <= token < first + 64 * 300) == sorted(alone)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_random_histories_read_each_stream_without_gap_or_repeat(
+    seed: int, counting_corpus: MakeCorpus
+) -> None:
+    """Ten random segments; what was read of a corpus is exactly the head of its page stream, over several epochs."""
+    rng = np.random.default_rng(seed)
+    a, b, c = (counting_corpus(name, 64 * 30 + 9, first=i * 10_000) for i, name in enumerate("abc"))
+    history: tuple[Segment, ...] = ()
+    step, seen = 1, []
+    for _ in range(10):
+        mix = [
+            (corpus, float(weight)) for corpus, weight in zip((a, b, c), rng.uniform(0.1, 1, 3), strict=True)
+        ]
+        mix = [mix[i] for i in rng.permutation(3)[: int(rng.integers(1, 4))]]
+        batch, length = int(rng.integers(1, 9)), int(rng.choice([8, 16, 32, 64, 128, 192]))
+        history = extend_history(history, wanted(step, mix, batch=batch, length=length, page=64))
+        train = loader([a, b, c], history)
+        stop = step + int(rng.integers(1, 6))
+        seen += inputs(train.batch(number) for number in range(step, stop))
+        step = stop
+    for share, cursor in zip(history[-1].corpora, history[-1].cursors(step), strict=True):
+        (corpus,) = (corpus for corpus in (a, b, c) if corpus.fingerprint == share.fingerprint)
+        first = int(corpus.tokens.read(0, 1)[0])
+        alone = loader([corpus], (wanted(1, [(corpus, 1.0)], batch=1, length=64, page=64),))
+        head = inputs(alone.batch(number) for number in range(1, -(-cursor // 64) + 1)) if cursor else []
+        mine = [token for token in seen if first <= token < first + 10_000]
+        assert Counter(mine) == Counter(head[:cursor])
+
+
 def test_the_check_sees_a_cursor_that_is_off(counting_corpus: MakeCorpus) -> None:
     a = counting_corpus("a", 64 * 300 + 1)
     history = extend_history((), wanted(1, [(a, 1.0)], batch=6, length=64, page=64))

@@ -168,6 +168,18 @@ def test_a_failed_run_leaves_the_old_corpus_alone(
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("options", [(), ("--shuffle-seed", "1")])
+def test_leftovers_of_a_killed_run_do_no_harm(
+    options: tuple[str, ...], sp_model: Path, jsonl: Jsonl, sentences: list[str], tmp_path: Path
+) -> None:
+    path = jsonl("t.jsonl", sentences)
+    assert run(path, sp_model, tmp_path / "clean", *options) == 0
+    for suffix in ("bin.tmp", "idx.tmp", "lengths.tmp", "src.tmp", "json.tmp", "unshuffled.bin.tmp"):
+        (tmp_path / f"c.{suffix}").write_bytes(b"left over")
+    assert run(path, sp_model, tmp_path / "c", *options) == 0
+    assert contents(tmp_path / "c") == contents(tmp_path / "clean")
+
+
 def test_a_full_disk_is_reported_and_nothing_is_left(
     sp_model: Path,
     jsonl: Jsonl,
