@@ -1,7 +1,7 @@
 """From a config to the objects of a run: the only room that knows all of them.
 
-    Config --layout--> Mesh --describe--> DecoderSpec --partition--> blocks of this rank's stages
-                                                  --> engine (gradients, optimizer), executors (train, evaluate), loader
+Config --layout--> Mesh --describe--> DecoderSpec --partition--> blocks of this rank's stages
+                                              --> engine (gradients, optimizer), executors (train, evaluate), loader
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megads.data.sequence import Batch
 from megads.ops.cross_entropy import Columns, local_gradient, local_maximum, local_sums
 from megads.parallel.collectives import all_reduce_
-from megads.parallel.mesh import Group
+from megads.parallel.mesh import Group, Mesh
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -52,3 +53,9 @@ def token_losses(logits: Tensor, labels: Tensor, *, columns: Columns, group: Gro
 def masked_sum(losses: Tensor, mask: Tensor) -> Tensor:
     """Sum of the losses that count: [tokens] and [tokens] bool -> scalar."""
     return torch.where(mask, losses, 0.0).sum()
+
+
+def count_tokens(batch: Batch, mesh: Mesh) -> Tensor:
+    """Tokens that count in the loss over all data-parallel ranks, float64 scalar."""
+    count = batch.mask.sum().to(torch.float64)
+    return all_reduce_(count, mesh.group("dp_cp"))

@@ -20,6 +20,10 @@ from torch import Tensor
 
 from megads.parallel.mesh import Group
 
+# renamed in torch 2.13, where the old names warn
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def _check(tensor: Tensor) -> None:
     if not tensor.is_contiguous():
@@ -40,7 +44,7 @@ def reduce_scatter_(flat: Tensor, group: Group) -> Tensor:
     mine = flat[group.rank * share : (group.rank + 1) * share]
     if group.size > 1:
         _check(flat)
-        dist.reduce_scatter_tensor(mine, flat, group=group.handle)
+        _REDUCE_SCATTER(mine, flat, group=group.handle)
     return mine
 
 
@@ -50,7 +54,7 @@ def all_gather_(flat: Tensor, group: Group) -> None:
         _check(flat)
         share = flat.numel() // group.size
         mine = flat[group.rank * share : (group.rank + 1) * share]
-        dist.all_gather_into_tensor(flat, mine, group=group.handle)
+        _ALL_GATHER(flat, mine, group=group.handle)
 
 
 def gather_last(tensor: Tensor, group: Group) -> Tensor:

@@ -38,11 +38,9 @@ class Control:
         dist.all_reduce(lengths, group=self._handle)
         padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
         padded[: payload.numel()] = payload
-        gathered = torch.empty(self.size, len(padded), dtype=torch.uint8)
-        dist.all_gather_into_tensor(gathered, padded, group=self._handle)
-        return [
-            json.loads(bytes(row[:n].tolist())) for row, n in zip(gathered, lengths.tolist(), strict=True)
-        ]
+        rows = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(rows, padded, group=self._handle)
+        return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths.tolist(), strict=True)]
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's JSON value on rank 0; None elsewhere."""

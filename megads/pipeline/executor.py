@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from megads.data.sequence import Batch
+from megads.parallel.collectives import all_reduce_
+from megads.parallel.mesh import Mesh
 from megads.pipeline.action import Action, Kind, Schedule
 from megads.pipeline.stage import BlockOutput, Payload, Stage
 from megads.pipeline.transport import Arrival, TensorSpec, Transport
@@ -26,6 +28,14 @@ class Total:
 
     sum: Tensor
     count: Tensor
+
+
+def global_sum(totals: Mapping[str, Total], name: str, mesh: Mesh) -> Tensor:
+    """The sum of one extra over all stages and data-parallel ranks: float64 scalar, the same on every rank."""
+    value = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    if name in totals and mesh.group("tp").rank == 0:  # tensor-parallel ranks hold the same sum
+        value += totals[name].sum
+    return all_reduce_(value, mesh.group("world"))
 
 
 def forwards(schedule: Schedule) -> Schedule:

@@ -7,17 +7,15 @@ The loss is (sum over ranks) / (count over ranks), so it is the same number unde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megads.data.sequence import Batch
+from megads.objective.language import count_tokens
 from megads.optim.engine import Engine, StepReport
-from megads.parallel.collectives import all_reduce_
 from megads.parallel.mesh import Mesh
-from megads.pipeline.executor import Executor, Total
+from megads.pipeline.executor import Executor, global_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +33,6 @@ class StepResult:
     report: StepReport
 
 
-def count_tokens(batch: Batch, mesh: Mesh) -> Tensor:
-    """Tokens that count in the loss over all data-parallel ranks, float64 scalar; at least 1."""
-    count = batch.mask.sum().to(torch.float64)
-    return all_reduce_(count, mesh.group("dp_cp")).clamp_min(1.0)
-
-
-def global_sum(totals: Mapping[str, Total], name: str, mesh: Mesh) -> Tensor:
-    """The sum of one extra over all stages and data-parallel ranks, float64 scalar, on every rank."""
-    value = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if name in totals and mesh.group("tp").rank == 0:  # tensor-parallel ranks hold the same sum
-        value += totals[name].sum
-    return all_reduce_(value, mesh.group("world"))
-
-
 def train_step(batch: Batch, *, executor: Executor, engine: Engine, mesh: Mesh, lr: float) -> StepResult:
     """Run one optimizer step on this rank's rows of the global batch.
 
@@ -56,7 +40,7 @@ def train_step(batch: Batch, *, executor: Executor, engine: Engine, mesh: Mesh, 
         batch: this data-parallel rank's rows, on the device.
         lr: learning rate of this step.
     """
-    num_tokens = count_tokens(batch, mesh)
+    num_tokens = count_tokens(batch, mesh).clamp_min(1.0)  # a batch may be masked altogether
     engine.zero_gradients()
     totals = executor.run(batch, seeds={"loss": 1.0 / num_tokens}, reduce=engine.reduce)
     report = engine.step(lr=lr)

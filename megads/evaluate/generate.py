@@ -1,0 +1,151 @@
+"""`python -m megads generate CHECKPOINT --prompt TEXT [key=value ...]`: sample text on a training layout.
+
+Every rank runs its stages on the whole text so far; the last stage picks the next token and tells the others. There is no
+key/value cache: a text of n tokens costs n forwards of at most the trained length.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megads.assemble.source import check_vocabulary
+from megads.assemble.wiring import Model
+from megads.data.sequence import Batch
+from megads.data.tokenizer import open_tokenizer
+from megads.errors import CheckpointError, ConfigError
+from megads.evaluate.restore import restore
+from megads.model.decoder import HeadBlock
+from megads.parallel.bootstrap import disconnect
+from megads.parallel.collectives import broadcast_
+from megads.parallel.mesh import Mesh
+from megads.pipeline.stage import Payload
+from megads.pipeline.transport import TensorSpec, Transport
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: divides the logits; 0: always the likeliest token (greedy).
+        top_p: sample among the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        seed: the same seed draws the same text.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError("--temperature is negative", found=self.temperature, allowed=">= 0 (0: greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("--top-p is no probability", found=self.top_p, allowed="above 0, at most 1")
+
+
+def pick_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token for logits [vocab]."""
+    logits = logits.double().cpu()
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    probabilities = (logits / sampling.temperature).softmax(-1)
+    ordered, ids = probabilities.sort(descending=True)
+    before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
+    ordered = torch.where(before < sampling.top_p, ordered, 0.0)
+    return int(ids[torch.multinomial(ordered, 1, generator=generator)])
+
+
+class Generator:
+    """Continues token sequences with a model that is cut over the ranks of a mesh. All ranks call it alike."""
+
+    def __init__(self, model: Model, mesh: Mesh) -> None:
+        self._model = model
+        self._mesh = mesh
+        self._pipeline = mesh.group("pp")
+        self._transport = Transport(self._pipeline, mesh.device)
+
+    @torch.no_grad()
+    def extend(
+        self, tokens: Sequence[int], *, num_tokens: int, sampling: Sampling, stop: int | None = None
+    ) -> list[int]:
+        """Up to `num_tokens` tokens that follow `tokens`, without the stop token that may end them."""
+        self._model.eval()
+        draw = torch.Generator().manual_seed(sampling.seed)
+        window, made = list(tokens), []
+        for _ in range(num_tokens):
+            logits = self._next_logits(window[-self._model.spec.max_positions :])
+            token = torch.zeros(1, dtype=torch.int64, device=self._mesh.device)
+            if logits is not None:
+                token += pick_token(logits, sampling, draw)
+            broadcast_(token, self._pipeline, source=self._pipeline.size - 1)
+            if token.item() == stop:
+                break
+            window.append(int(token.item()))
+            made.append(window[-1])
+        return made
+
+    def _next_logits(self, tokens: list[int]) -> Tensor | None:
+        """Logits [vocab] after the last token on the last stage; None on the others."""
+        device, seq = self._mesh.device, len(tokens)
+        ids = torch.tensor([tokens], device=device)
+        batch = Batch(
+            tokens=ids,
+            labels=ids,
+            mask=torch.zeros_like(ids, dtype=torch.bool),
+            positions=torch.arange(seq, device=device)[None],
+            document_ids=None,
+            samples=torch.zeros(1, dtype=torch.int64, device=device),
+            step=1,
+        )
+        payload: Payload = ()
+        rank = self._pipeline.rank
+        if rank > 0:
+            spec = TensorSpec((seq, 1, self._model.spec.hidden), self._model.dtype)
+            payload = self._transport.receive((spec,), peer=rank - 1).wait()
+        for blocks in self._model.stages.values():
+            for block in blocks:
+                if isinstance(block, HeadBlock):
+                    return block.logits(payload)[0, -1]
+                payload = block(payload, batch).payload
+        self._transport.send(payload, peer=rank + 1)
+        self._transport.drain()
+        return None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the prompt and its continuation."""
+    parser = argparse.ArgumentParser(prog="megads generate", description="Sample text from a checkpoint.")
+    parser.add_argument("checkpoint", help="directory of a run, of its checkpoints, or of a step")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens to add (default 64)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default 1)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
+    options = parser.parse_args(argv)
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    restored = restore(options.checkpoint, options.overrides)
+    tokenizer = open_tokenizer(restored.config.data.tokenizer)
+    check_vocabulary(restored.config, tokenizer)
+    if tokenizer.fingerprint != restored.tokenizer_fingerprint:
+        raise CheckpointError(
+            f"{restored.config.data.tokenizer}: not the tokenizer that the model was trained with",
+            found=tokenizer.fingerprint[:16],
+            allowed=restored.tokenizer_fingerprint[:16],
+            do="data.tokenizer=FILE names the right one",
+        )
+    ids, _ = tokenizer.encode_batch([options.prompt])
+    if not len(ids):
+        raise ConfigError("--prompt has no token", found=repr(options.prompt), allowed="some text")
+    made = Generator(restored.model, restored.mesh).extend(
+        ids.tolist(), num_tokens=options.tokens, sampling=sampling, stop=tokenizer.eod
+    )
+    if restored.mesh.rank == 0:
+        print(tokenizer.decode([*ids.tolist(), *made]), flush=True)
+    disconnect()
+    return 0

@@ -1,0 +1,82 @@
+"""A checkpoint as a model, at any layout: what evaluation and generation start from.
+
+A checkpoint holds its run's resolved config, so its directory is enough. The layout is the caller's: every rank is a
+data-parallel replica unless an override says `parallel.tensor=...` or `parallel.pipeline=...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megads import log
+from megads.assemble import rules, wiring
+from megads.checkpoint.load import load
+from megads.checkpoint.reader import open_step
+from megads.checkpoint.retention import steps_at
+from megads.checkpoint.store import Store
+from megads.config.load import load_text
+from megads.config.root import Config
+from megads.errors import CheckpointError
+from megads.parallel.bootstrap import connect, device_of, discover
+from megads.parallel.mesh import Mesh, build_mesh
+from megads.parallel.parameter import pieces
+
+ROWS = 8  # samples that a rank scores at once, unless an override says otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A model with the weights of a step, on this rank."""
+
+    config: Config
+    mesh: Mesh
+    model: wiring.Model
+    step: int
+    tokenizer_fingerprint: str
+
+
+def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
+    """Connect the ranks and load the newest step under `checkpoint`: a run, its checkpoints, or one step.
+
+    Raises:
+        CheckpointError: no step there, or a damaged one.
+        ConfigError: overrides that are wrong or do not fit the ranks.
+    """
+    from_path = _newest(checkpoint)
+    reader = open_step(from_path)
+    text = reader.objects.get("config")
+    if not isinstance(text, str):
+        raise CheckpointError(f"{from_path}: the checkpoint holds no config", found=type(text).__name__)
+    place = discover()
+    defaults = (
+        "parallel.tensor=1",
+        "parallel.pipeline=1",
+        f"batch.micro={ROWS}",
+        f"batch.global={ROWS * place.world_size}",
+    )
+    config = load_text(text, [*defaults, *overrides], source=f"{from_path}/config")
+    rules.check(config, place.world_size)
+    log.setup(place.rank)
+    device = device_of(place)
+    control = connect(place, timeout=config.run.timeout, device=device)
+    mesh = build_mesh(wiring.layout_of(config, place.world_size), place.rank, device=device)
+    model = wiring.build_model(config, mesh, vocab=config.model.vocab or 1)
+    wanted = [
+        piece
+        for parameter in model.parameters
+        for piece in pieces(parameter, parameter.detach().view(-1), kind="model")
+    ]
+    load(from_path, wanted, control=control, unread=("optim/",))
+    return Restored(config, mesh, model, reader.step, str(reader.objects.get("tokenizer", "")))
+
+
+def _newest(checkpoint: str) -> str:
+    steps = steps_at(Path(checkpoint), store=Store())
+    if not steps:
+        raise CheckpointError(
+            f"{checkpoint}: no checkpoint there",
+            allowed="the directory of a run, of its checkpoints, or of a step",
+        )
+    return str(steps[0])

@@ -1,0 +1,268 @@
+"""`python -m megads train CONFIG [key=value ...]`: one process, or each rank under a launcher.
+
+    check -> connect -> open data -> build -> find the step to go on from -> loop -> save
+
+The loop reads step n's numbers while step n + 1 is under way, so the device never waits for the host; what they decide
+(stopping at a loss that is not finite) acts one step late, and always before a checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megads import log
+from megads.assemble import rules, source, wiring
+from megads.checkpoint.load import resume
+from megads.checkpoint.preflight import check_writable
+from megads.checkpoint.retention import prune
+from megads.checkpoint.save import save
+from megads.config.load import dump, load
+from megads.config.root import Config
+from megads.data.blend import Segment, extend_history
+from megads.data.loader import check_epochs
+from megads.errors import NumericsError
+from megads.evaluate.perplexity import evaluate
+from megads.optim.schedule import learning_rate
+from megads.parallel.bootstrap import connect, device_of, disconnect, discover
+from megads.parallel.control import Control
+from megads.parallel.mesh import Mesh, build_mesh
+from megads.train import history as run_history
+from megads.train import state
+from megads.train.metrics import peak_memory, peak_tflops
+from megads.train.step import StepResult, train_step
+
+_log = logging.getLogger("megads.train")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; returns the exit code.
+
+    Raises:
+        MegadsError: a wrong input, before training; a failure while training.
+    """
+    parser = argparse.ArgumentParser(prog="megads train", description="Train a model.")
+    parser.add_argument("config", help="YAML file; `python -m megads explain` lists its keys")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the file")
+    options = parser.parse_args(argv)
+    config = load(options.config, options.overrides)
+    place = discover()
+    rules.check(config, place.world_size)
+    log.setup(place.rank)
+    device = device_of(place)
+    control = connect(place, timeout=config.run.timeout, device=device)
+    Trainer(config, control, device).run()
+    disconnect()
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A step that was issued and whose numbers were not read yet."""
+
+    step: int
+    lr: float
+    result: StepResult
+    issued: float  # seconds, when the step before was read
+
+
+class Trainer:
+    """One run: everything it holds, and its loop."""
+
+    def __init__(self, config: Config, control: Control, device: torch.device) -> None:
+        self._control = control
+        self._speaks = control.rank == 0
+        self._source = source.open_source(config)
+        state.check_ranks_agree(config, self._source.fingerprints, control)
+        torch.use_deterministic_algorithms(config.run.deterministic)
+        self._mesh: Mesh = build_mesh(wiring.layout_of(config, control.size), control.rank, device=device)
+        self._model = wiring.build_model(config, self._mesh, vocab=self._source.tokenizer.vocab_size)
+        self._config = wiring.resolved(config, self._model.spec)
+        self._engine = wiring.build_engine(config, self._model, self._mesh)
+        self._executors = wiring.build_executors(config, self._model, self._mesh)
+        self._dir = Path(config.run.dir)
+        self._checkpoints = self._dir / "checkpoints"
+        self._metrics = log.MetricsWriter(self._dir / "metrics.jsonl")
+        self._peak = config.profile.peak_tflops or peak_tflops(device, dtype=self._model.dtype)
+        self._last_step = min(config.run.stop_after or config.run.steps, config.run.steps)
+        self._seconds_per_step: float | None = None
+
+    def run(self) -> None:
+        """Train from where the run stands to its last step."""
+        step, history = self._restore()
+        self._write_run_files(step, history)
+        self._say_what_runs(history)
+        if step >= self._last_step:
+            _log.info("nothing to do: step %d of %d is done", step, self._last_step)
+            return
+        loader = source.build_loader(self._config, self._source, history, self._mesh)
+        pending: _Pending | None = None
+        read = time.perf_counter()
+        bar = log.Progress("training", total=self._config.run.steps, done=step, is_shown=self._speaks)
+        with bar:
+            for step in range(step + 1, self._last_step + 1):
+                lr = learning_rate(step, self._config.optim, total_steps=self._config.run.steps)
+                result = train_step(
+                    loader.batch(step).to(self._mesh.device),
+                    executor=self._executors.train,
+                    engine=self._engine,
+                    mesh=self._mesh,
+                    lr=lr,
+                )
+                if pending is not None:
+                    self._finish(pending, history)
+                pending = _Pending(step, lr, result, read)
+                read = time.perf_counter()
+                if self._must_pause(step):
+                    self._finish(pending, history)
+                    pending = None
+                    if self._is_due(step, self._config.checkpoint.every):
+                        self._save(step, history)
+                    read = time.perf_counter()
+                bar.advance()
+        self._metrics.close()
+
+    def _restore(self) -> tuple[int, tuple[Segment, ...]]:
+        """Load the step to go on from, if any; returns it (0: none) and the history from the next step on."""
+        config = self._config
+        size = sum(piece.tensor.numel() * piece.tensor.element_size() for piece in self._engine.state())
+        expected = sum(self._control.all_gather(size))
+        check_writable(self._checkpoints, expected, control=self._control)
+        resumed = resume(
+            config.checkpoint.load,
+            self._checkpoints,
+            pieces=self._engine.targets(),
+            control=self._control,
+            on_damage=config.checkpoint.on_damage,
+        )
+        _log.info("%s", resumed.sentence)
+        step: int = 0
+        saved: tuple[Segment, ...] = ()
+        if resumed.reader is not None:
+            step = resumed.reader.step
+            saved = run_history.from_objects(resumed.reader.objects)
+            self._engine.load_scalars(resumed.reader.objects["optim"])
+        wanted = source.wanted_segment(config, self._source, first_step=step + 1)
+        history = extend_history(saved, wanted)
+        limits = {s.path: s.max_epochs for s in self._source.shares if s.max_epochs is not None}
+        check_epochs(history, self._source.train, last_step=config.run.steps, max_epochs=limits)
+        return step, history
+
+    def _write_run_files(self, step: int, history: tuple[Segment, ...]) -> None:
+        if self._speaks:
+            log.setup(0, file=self._dir / "log")
+            (self._dir / "config.yaml").write_text(dump(self._config), encoding="utf-8")
+            run_history.write(self._dir / "history.json", history)
+            self._metrics.cut_back(step)
+
+    def _say_what_runs(self, history: tuple[Segment, ...]) -> None:
+        layout, spec = self._mesh.layout, self._model.spec
+        num_parameters = self._count_parameters()
+        _log.info(
+            "%s: %s parameters, %d layers; tensor %d x pipeline %d x data %d; %s tokens a step",
+            self._config.model.family,
+            log.format_count(num_parameters),
+            spec.layers,
+            layout.tensor,
+            layout.pipeline,
+            layout.data,
+            log.format_count(run_history.tokens_of(history, history[-1].first_step)),
+        )
+
+    def _count_parameters(self) -> int:
+        """Elements of the whole model, each once."""
+        mine = sum(piece.box.size for piece in self._engine.state() if piece.name.startswith("model/"))
+        return sum(self._control.all_gather(mine))
+
+    def _is_due(self, step: int, every: int | None) -> bool:
+        """Whether something that happens each `every` steps, and at the end, happens after `step`."""
+        return step == self._last_step or (every is not None and step % every == 0)
+
+    def _must_pause(self, step: int) -> bool:
+        config = self._config
+        return self._is_due(step, config.checkpoint.every) or self._is_due(step, config.log.validate_every)
+
+    def _finish(self, pending: _Pending, history: tuple[Segment, ...]) -> None:
+        """Read a step's numbers, judge them, write and say them."""
+        result = pending.result
+        loss, norm = result.loss.item(), result.report.grad_norm.item()
+        seconds = time.perf_counter() - pending.issued
+        if not (result.report.finite.item() and loss == loss and abs(loss) != float("inf")):
+            raise NumericsError(
+                f"step {pending.step}: the loss or a gradient is not finite",
+                found=f"loss {loss}, gradient norm {norm}",
+                allowed="finite numbers",
+                do="weights are those of the step before; lower optim.lr, or go on from the last checkpoint",
+            )
+        record = self._record(pending, history, loss=loss, norm=norm, seconds=seconds)
+        if self._is_due(pending.step, self._config.log.validate_every):
+            record |= self._validate()
+        if not self._speaks:
+            return
+        self._metrics.write(record)
+        if self._is_due(pending.step, self._config.log.every):
+            total = self._config.run.steps
+            eta = (total - pending.step) * (self._seconds_per_step or seconds)
+            _log.info("%s", log.format_step(record, total=total, eta=eta))
+            for name, value in record.items():
+                if name.startswith("valid/"):
+                    _log.info("step %d %s %.4f", pending.step, name, value)
+
+    def _record(
+        self, pending: _Pending, history: tuple[Segment, ...], *, loss: float, norm: float, seconds: float
+    ) -> dict[str, Any]:
+        """The metrics of a step, as they stand in metrics.jsonl."""
+        old = self._seconds_per_step
+        self._seconds_per_step = seconds if old is None else 0.9 * old + 0.1 * seconds
+        tokens = run_history.tokens_of(history, pending.step)
+        flops = self._model.spec.flops_per_token(self._config.data.sequence_length) * tokens
+        tflops = flops / seconds / self._mesh.layout.world_size / 1e12  # of one rank
+        record = {
+            "step": pending.step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": pending.lr,
+            "tokens": run_history.tokens_by(history, pending.step),
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "model_tflops": tflops,
+            "memory_bytes": peak_memory(self._mesh.device),
+        }
+        return record if self._peak is None else {**record, "mfu": tflops / self._peak}
+
+    def _validate(self) -> dict[str, float]:
+        """Mean loss on the head of every held-out corpus, by name."""
+        found = {}
+        limit = -(-self._config.log.validate_samples // self._config.batch.global_size)
+        for corpus in self._source.valid:
+            batches = source.build_valid_loader(self._config, corpus, self._source.packing, self._mesh)
+            score = evaluate(
+                batches, self._model, executor=self._executors.evaluate, mesh=self._mesh, max_batches=limit
+            )
+            found[f"valid/{Path(corpus.path).name}/loss"] = score.loss
+        return found
+
+    def _save(self, step: int, history: tuple[Segment, ...]) -> None:
+        start = time.perf_counter()
+        path = save(
+            self._checkpoints,
+            step,
+            pieces=self._engine.state(),
+            objects=state.objects(
+                self._config, history, self._engine, tokenizer=self._source.tokenizer.fingerprint
+            ),
+            control=self._control,
+            writers_per_node=self._config.checkpoint.writers_per_node,
+        )
+        _log.info("saved %s in %.2f s", path, time.perf_counter() - start)
+        if self._speaks:
+            with contextlib.suppress(FileNotFoundError):  # removed by hand meanwhile: nothing to prune
+                prune(self._checkpoints, self._config.checkpoint.keep)
