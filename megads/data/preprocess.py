@@ -388,9 +388,7 @@ def print_summary(options: Options, report: Report, *, seconds: float) -> None:
     if report.left_out:
         most = sorted(report.left_out.items(), key=lambda item: -item[1])[:NUM_NAMED_KINDS]
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in most)
-        print(
-            f"{sum(report.left_out.values())} files of other kinds in the folders were left out: {kinds} ..."
-        )
+        print(f"{sum(report.left_out.values())} files of other kinds were left out, most: {kinds}")
     rate = sum(manifest.text_bytes for manifest in manifests) / 1e6 / max(seconds, 1e-9)
     print(f"{seconds:.1f} s, {rate:.1f} MB/s")
     valid = f" data.valid={prefixes[1]}" if len(manifests) > 1 else ""

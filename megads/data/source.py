@@ -181,7 +181,7 @@ def _read_json_lines(path: Path, number: int, key: str, done: int) -> Iterator[D
 def _json_text(line: bytes, key: str) -> tuple[str | None, str]:
     """The text of a line, or None and why there is none."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8"))  # bytes would be guessed to be UTF-16 or UTF-32
     except UnicodeDecodeError as error:
         return None, f"not UTF-8 (byte {error.start})"
     except json.JSONDecodeError as error:

@@ -108,7 +108,7 @@ def test_no_token_is_lost_or_repeated_when_everything_changes(counting_corpus: M
 def test_random_histories_read_each_stream_without_gap_or_repeat(
     seed: int, counting_corpus: MakeCorpus
 ) -> None:
-    """Ten random segments; what was read of a corpus is exactly the head of its page stream, over several epochs."""
+    """Ten random segments; what was read of a corpus is exactly the head of its page stream."""
     rng = np.random.default_rng(seed)
     a, b, c = (counting_corpus(name, 64 * 30 + 9, first=i * 10_000) for i, name in enumerate("abc"))
     history: tuple[Segment, ...] = ()

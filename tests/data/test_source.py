@@ -85,6 +85,7 @@ BAD_LINES = {
     b"[" * 1_000_000: "beyond any limit",
     b'{"text": ' + b"9" * 1_000_000 + b"}": "beyond any limit",
     b"\x00": "not JSON",
+    '{"text": "a"}'.encode("utf-16-le"): "not JSON",
 }
 
 
