@@ -382,9 +382,7 @@ def print_summary(options: Options, report: Report, *, seconds: float) -> None:
             f" ({manifest.tokens / manifest.text_bytes:.4f} tokens per byte), {manifest.num_empty} empty ones"
         )
     if manifests[0].num_bad:
-        print(
-            f"{manifests[0].num_bad} records could not be read and were left out (the manifest names the first)"
-        )
+        print(f"{manifests[0].num_bad} records could not be read and were left out (see the manifest)")
     if report.left_out:
         most = sorted(report.left_out.items(), key=lambda item: -item[1])[:NUM_NAMED_KINDS]
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in most)
