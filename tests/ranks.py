@@ -24,12 +24,14 @@ import torch
 import torch.distributed as dist
 
 
-def _child(function: Callable[[int, int], Any], rank: int, size: int, path: str, timeout: float, out: Connection) -> None:
+def _child(
+    function: Callable[[int, int], Any], rank: int, size: int, path: str, timeout: float, out: Connection
+) -> None:
     log = os.open(f"{path}/{rank}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     faulthandler.enable(sys.stderr)
     faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=True)
     code = 1
@@ -72,7 +74,9 @@ def run_ranks(function: Callable[[int, int], Any], size: int, *, timeout: float 
         results = _collect(readers, processes, timeout=timeout)
         bad = [(r, v) for r, v in results.items() if not v[1]]
         if bad or len(results) < size:
-            logs = "\n".join(f"--- rank {r}\n" + Path(path, f"{r}.log").read_text()[-3000:] for r in range(size))
+            logs = "\n".join(
+                f"--- rank {r}\n" + Path(path, f"{r}.log").read_text()[-3000:] for r in range(size)
+            )
             codes = [p.exitcode for p in processes]
             first = min(bad, key=lambda item: item[1][0], default=None)
             reason = f"rank {first[0]}:\n{first[1][2]}" if first else "no rank gave a reason"
@@ -80,7 +84,9 @@ def run_ranks(function: Callable[[int, int], Any], size: int, *, timeout: float 
     return [results[rank][2] for rank in range(size)]
 
 
-def _collect(readers: list[Connection], processes: list[Any], *, timeout: float) -> dict[int, tuple[float, bool, Any]]:
+def _collect(
+    readers: list[Connection], processes: list[Any], *, timeout: float
+) -> dict[int, tuple[float, bool, Any]]:
     """Results by rank, until all are in, one is bad, or the time is over; then no process is left."""
     results: dict[int, tuple[float, bool, Any]] = {}
     pending = {reader: rank for rank, reader in enumerate(readers)}

@@ -96,7 +96,7 @@ def wanted_segment(config: Config, source: Source, *, first_step: int) -> Segmen
     )
 
 
-def build_loader(config: Config, source: Source, history: Sequence[Segment], mesh: Mesh) -> Loader:
+def build_loader(config: Config, source: Source, *, history: Sequence[Segment], mesh: Mesh) -> Loader:
     """Training batches of this data-parallel rank."""
     group = mesh.group("dp")
     return Loader(
@@ -109,7 +109,7 @@ def build_loader(config: Config, source: Source, history: Sequence[Segment], mes
     )
 
 
-def build_valid_loader(config: Config, corpus: Corpus, packing: Packing, mesh: Mesh) -> ValidLoader:
+def build_valid_loader(config: Config, corpus: Corpus, *, packing: Packing, mesh: Mesh) -> ValidLoader:
     """All of a held-out corpus in order, in batches of `batch.global`."""
     group = mesh.group("dp")
     return ValidLoader(

@@ -17,6 +17,7 @@ from megads.optim.zero import NativeEngine
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import Mesh
 from megads.parallel.parameter import Scope, ShardedParameter, fill, parameter_table
+from megads.pipeline.action import Schedule
 from megads.pipeline.executor import Executor, forwards
 from megads.pipeline.lower import lower
 from megads.pipeline.partition import partition
@@ -77,13 +78,13 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
     ranges = partition(spec.block_costs, mesh.layout.num_stages)
     pp_rank = mesh.group("pp").rank
     mine = {pp_rank: range(*ranges[pp_rank])}
-    model = Model(spec, make_blocks(Scope(mesh, dtype, config.run.seed), spec, mine), dtype)
+    model = Model(spec, make_blocks(Scope(mesh, dtype, config.run.seed), spec, stages=mine), dtype)
     for parameter in model.parameters:
         fill(parameter, seed=config.run.seed)
     return model
 
 
-def build_engine(config: Config, model: Model, mesh: Mesh) -> NativeEngine:
+def build_engine(config: Config, model: Model, *, mesh: Mesh) -> NativeEngine:
     """The optimizer engine over this rank's parameters."""
     return NativeEngine(model.stages, mesh, config=config.optim)
 
@@ -101,7 +102,7 @@ class Executors:
     evaluate: Executor
 
 
-def build_executors(config: Config, model: Model, mesh: Mesh) -> Executors:
+def build_executors(config: Config, model: Model, *, mesh: Mesh) -> Executors:
     """Executors of one training batch and of an evaluation batch of the same number of rows."""
     schedule = build(
         config.parallel.schedule,
@@ -115,11 +116,10 @@ def build_executors(config: Config, model: Model, mesh: Mesh) -> Executors:
     def payload(rows: int, seq: int) -> tuple[TensorSpec, ...]:
         return (TensorSpec((seq, rows, model.spec.hidden), model.dtype),)
 
-    def executor(lowered: bool) -> Executor:
-        chosen = lower(schedule if lowered else forwards(schedule))
-        return Executor(chosen, pipeline.rank, stages=stages, transport=transport, payload=payload)
+    def executor(chosen: Schedule) -> Executor:
+        return Executor(lower(chosen), pipeline.rank, stages=stages, transport=transport, payload=payload)
 
-    return Executors(executor(True), executor(False))
+    return Executors(executor(schedule), executor(forwards(schedule)))
 
 
 def resolved(config: Config, spec: DecoderSpec) -> Config:

@@ -42,4 +42,6 @@ class ModelConfig:
     attention_dropout: Probability = 0.0
     """Dropout probability of attention weights; above 0 it selects the explicit-softmax attention."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of initial weights; projections back into the residual stream get it divided by sqrt(2 x layers)."""
+    """Standard deviation of initial weights; projections back into the residual stream get it divided by
+    sqrt(2 x layers).
+    """

@@ -1,7 +1,7 @@
 """`python -m megads generate CHECKPOINT --prompt TEXT [key=value ...]`: sample text on a training layout.
 
-Every rank runs its stages on the whole text so far; the last stage picks the next token and tells the others. There is no
-key/value cache: a text of n tokens costs n forwards of at most the trained length.
+Every rank runs its stages on the whole text so far; the last stage picks the next token and tells the others.
+There is no key/value cache: a text of n tokens costs n forwards of at most the trained length.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Sampling:
             raise ConfigError("--top-p is no probability", found=self.top_p, allowed="above 0, at most 1")
 
 
-def pick_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def pick_token(logits: Tensor, sampling: Sampling, *, generator: torch.Generator) -> int:
     """The next token for logits [vocab]."""
     logits = logits.double().cpu()
     if sampling.temperature == 0:
@@ -81,7 +81,7 @@ class Generator:
             logits = self._next_logits(window[-self._model.spec.max_positions :])
             token = torch.zeros(1, dtype=torch.int64, device=self._mesh.device)
             if logits is not None:
-                token += pick_token(logits, sampling, draw)
+                token += pick_token(logits, sampling, generator=draw)
             broadcast_(token, self._pipeline, source=self._pipeline.size - 1)
             if token.item() == stop:
                 break

@@ -2,7 +2,8 @@
 
     perplexity = exp(sum of losses / tokens)        bits per byte = sum of losses / ln 2 / UTF-8 bytes of the text
 
-Every token of the corpus but the first is predicted once, end-of-document tokens included; windows of the training length
+Every token of the corpus but the first is predicted once, end-of-document tokens included; windows of the
+training length
 follow one another without context from the one before. Bits per byte do not depend on the tokenizer, so they compare
 with other models and with compressors.
 """
@@ -69,7 +70,7 @@ def evaluate(
     model.eval()
     for batch in islice(batches, max_batches):
         batch = batch.to(mesh.device)
-        loss += global_sum(executor.run(batch), "loss", mesh)
+        loss += global_sum(executor.run(batch), "loss", mesh=mesh)
         count += count_tokens(batch, mesh)
     model.train()
     return Score(loss.item(), int(count.item()))
@@ -89,12 +90,12 @@ def main(argv: Sequence[str]) -> int:
     config, mesh = restored.config, restored.mesh
     tokenizer = open_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
-    executor = build_executors(config, restored.model, mesh).evaluate
+    executor = build_executors(config, restored.model, mesh=mesh).evaluate
     for prefix in options.data:
         corpus = Corpus(prefix)
         corpus.check_tokenizer(restored.tokenizer_fingerprint, vocab_size=tokenizer.vocab_size)
         packing = Packing(vocab_size=tokenizer.vocab_size, document_mask=config.data.document_mask)
-        batches = build_valid_loader(config, corpus, packing, mesh)
+        batches = build_valid_loader(config, corpus, packing=packing, mesh=mesh)
         score = evaluate(batches, restored.model, executor=executor, mesh=mesh)
         if mesh.rank == 0:
             print(_report(prefix, restored.step, score, corpus.text_bytes, as_json=options.json), flush=True)

@@ -67,4 +67,5 @@ class SelfAttention(torch.nn.Module):
             q, k, v, scale=self._dim**-0.5, documents=batch.document_ids, dropout=self.dropout.plan(batch)
         )
         merged = result.out.permute(2, 0, 1, 3).reshape(seq, rows, num_heads * self._dim)
-        return self.out(merged)
+        out: Tensor = self.out(merged)
+        return out

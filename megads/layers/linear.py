@@ -36,7 +36,9 @@ class ColumnParallelLinear(torch.nn.Module):
         self.weight = scope.parameter(
             "weight", ShardSpec((out_features, in_features), (cut,), Init("normal", init_std))
         )
-        self.bias = scope.parameter("bias", ShardSpec((out_features,), (cut,), decay=False)) if has_bias else None
+        self.bias = (
+            scope.parameter("bias", ShardSpec((out_features,), (cut,), decay=False)) if has_bias else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(copy_to(x, self._group), self.weight, self.bias)

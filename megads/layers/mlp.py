@@ -20,10 +20,13 @@ class GeluMLP(torch.nn.Module):
         self.up = ColumnParallelLinear(
             scope.child("up"), hidden, blocks=(ffn,), init_std=init_std, has_bias=has_bias
         )
-        self.down = RowParallelLinear(scope.child("down"), ffn, hidden, init_std=output_std, has_bias=has_bias)
+        self.down = RowParallelLinear(
+            scope.child("down"), ffn, hidden, init_std=output_std, has_bias=has_bias
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(gelu(self.up(x)))
+        y: Tensor = self.down(gelu(self.up(x)))
+        return y
 
 
 class SwiGLUMLP(torch.nn.Module):
@@ -36,7 +39,10 @@ class SwiGLUMLP(torch.nn.Module):
         self.gate_up = ColumnParallelLinear(
             scope.child("gate_up"), hidden, blocks=(ffn, ffn), init_std=init_std, has_bias=has_bias
         )
-        self.down = RowParallelLinear(scope.child("down"), ffn, hidden, init_std=output_std, has_bias=has_bias)
+        self.down = RowParallelLinear(
+            scope.child("down"), ffn, hidden, init_std=output_std, has_bias=has_bias
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        y: Tensor = self.down(swiglu(self.gate_up(x)))
+        return y

@@ -83,7 +83,9 @@ class EmbeddingBlock(torch.nn.Module):
             scope.child("word"), spec.vocab, spec.hidden, init_std=spec.init_std, tie=tie
         )
         self.position = (
-            PositionEmbedding(scope.child("position"), spec.max_positions, spec.hidden, init_std=spec.init_std)
+            PositionEmbedding(
+                scope.child("position"), spec.max_positions, spec.hidden, init_std=spec.init_std
+            )
             if spec.positions == "learned"
             else None
         )
@@ -169,7 +171,9 @@ def make_layer(scope: Scope, spec: DecoderSpec) -> TransformerBlock:
     )
 
 
-def make_blocks(scope: Scope, spec: DecoderSpec, stages: Mapping[int, range]) -> dict[int, torch.nn.ModuleList]:
+def make_blocks(
+    scope: Scope, spec: DecoderSpec, *, stages: Mapping[int, range]
+) -> dict[int, torch.nn.ModuleList]:
     """This process' blocks: stage number -> the blocks of its range of block numbers (0 .. num_blocks - 1)."""
     return {
         stage: torch.nn.ModuleList(_make_block(scope, spec, number) for number in numbers)

@@ -1,4 +1,6 @@
-"""The Llama family (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, no biases, untied head, grouped queries."""
+"""The Llama family (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, no biases, untied head, grouped
+queries.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, columns: Columns, group: Group) -> Tensor:
         maximum = all_reduce_(local_maximum(logits, columns), group, op="max")
-        parts = local_sums(logits, labels, maximum, columns)
+        parts = local_sums(logits, labels, maximum=maximum, columns=columns)
         sums = all_reduce_(torch.stack((parts.exponentials, parts.target)), group)
         lse = maximum + sums[0].log()
         ctx.save_for_backward(logits, labels, lse)
@@ -32,7 +32,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         logits, labels, lse = ctx.saved_tensors
-        return local_gradient(logits, labels, lse, gradients[0], ctx.columns), None, None, None
+        gradient = local_gradient(logits, labels, lse=lse, scale=gradients[0], columns=ctx.columns)
+        return gradient, None, None, None
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, columns: Columns, group: Group) -> Tensor:

@@ -1,7 +1,7 @@
 """Causal attention as an op with its own backward: `attention(q, k, v) -> (out, lse)`.
 
-The log-sum-exp of the scores is part of the result, so that blocks of keys can be merged later (ring attention), and the
-backward is computed from (q, k, v, out, lse) alone. Two implementations:
+The log-sum-exp of the scores is part of the result, so that blocks of keys can be merged later (ring
+attention), and the backward is computed from (q, k, v, out, lse) alone. Two implementations:
 
     flash_cpu   aten's CPU flash kernel, document by document; no [seq, seq] memory; fp32 and fp64
     plain       explicit softmax; defines the op; the only one with dropout

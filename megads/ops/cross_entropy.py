@@ -47,7 +47,7 @@ def local_maximum(logits: Tensor, columns: Columns) -> Tensor:
     return wide(logits[:, : columns.count]).amax(dim=-1)
 
 
-def local_sums(logits: Tensor, labels: Tensor, maximum: Tensor, columns: Columns) -> LocalSums:
+def local_sums(logits: Tensor, labels: Tensor, *, maximum: Tensor, columns: Columns) -> LocalSums:
     """This rank's part of the two sums over the vocabulary. labels, maximum: [tokens]."""
     real = wide(logits[:, : columns.count])
     mine, column = columns.locate(labels)
@@ -58,7 +58,7 @@ def local_sums(logits: Tensor, labels: Tensor, maximum: Tensor, columns: Columns
     return LocalSums(exponentials, target)
 
 
-def local_gradient(logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, columns: Columns) -> Tensor:
+def local_gradient(logits: Tensor, labels: Tensor, *, lse: Tensor, scale: Tensor, columns: Columns) -> Tensor:
     """Gradient with respect to the local logits: scale x (softmax - one hot), in the logits' dtype.
 
     Args:

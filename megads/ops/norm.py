@@ -38,7 +38,8 @@ def _layer_aten(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 RMS_NORM = Op(
-    "rms_norm", (Implementation("aten", _rms_aten, _always), Implementation("reference", _rms_reference, _always))
+    "rms_norm",
+    (Implementation("aten", _rms_aten, _always), Implementation("reference", _rms_reference, _always)),
 )
 LAYER_NORM = Op(
     "layer_norm",

@@ -10,8 +10,8 @@ from megads.config.optim import OptimConfig
 def learning_rate(step: int, config: OptimConfig, *, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 1).
 
-    Linear from 0 to `lr` over the warm-up, reached at step `warmup_steps`; then `decay` down to `min_lr`, reached at step
-    `decay_steps` (default `total_steps`), and constant from there.
+    Linear from 0 to `lr` over the warm-up, reached at step `warmup_steps`; then `decay` down to `min_lr`,
+    reached at step `decay_steps` (default `total_steps`), and constant from there.
     """
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps

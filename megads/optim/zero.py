@@ -10,6 +10,7 @@ fused AdamW (or SGD), which skips the step on the device when a gradient was not
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from megads.parallel.gradient import Bucket, make_buckets
 from megads.parallel.mesh import Mesh
 from megads.parallel.parameter import Piece, parameter_table, pieces
 
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+MOMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType({"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()})
 
 
 class NativeEngine:
@@ -117,21 +118,21 @@ class NativeEngine:
                 continue
             share = bucket.values.numel() // bucket.group.size
             first = bucket.group.rank * share
-            found += bucket_pieces(bucket, bucket.shard(bucket.values), "model", first=first)
+            found += bucket_pieces(bucket, bucket.shard(bucket.values), kind="model", first=first)
             for kind, moment in self._moments(bucket):
                 held = moment if self._sharded else bucket.shard(moment)
-                found += bucket_pieces(bucket, held, kind, first=first)
+                found += bucket_pieces(bucket, held, kind=kind, first=first)
         return tuple(found)
 
     def targets(self) -> tuple[Piece, ...]:
         """Everything this rank holds: whole weights, and the moments it updates."""
         found: list[Piece] = []
         for bucket in self._all:
-            found += bucket_pieces(bucket, bucket.values, "model", first=0)
+            found += bucket_pieces(bucket, bucket.values, kind="model", first=0)
             share = bucket.values.numel() // bucket.group.size
             for kind, moment in self._moments(bucket):
                 first = bucket.group.rank * share if self._sharded else 0
-                found += bucket_pieces(bucket, moment, kind, first=first)
+                found += bucket_pieces(bucket, moment, kind=kind, first=first)
         return tuple(found)
 
     def scalars(self) -> Mapping[str, Any]:
@@ -159,7 +160,7 @@ def make_stage_buckets(
     return buckets
 
 
-def bucket_pieces(bucket: Bucket, held: Tensor, kind: str, *, first: int) -> Iterator[Piece]:
+def bucket_pieces(bucket: Bucket, held: Tensor, *, kind: str, first: int) -> Iterator[Piece]:
     """Flat elements [first, first + held.numel()) of a bucket as pieces of logical tensors `kind/name`."""
     last = first + held.numel()
     for place in bucket.places:

@@ -42,7 +42,9 @@ def discover(environment: Mapping[str, str] | None = None) -> Place:
             found=f"RANK={rank}, WORLD_SIZE={world_size}",
             allowed="0 <= RANK < WORLD_SIZE",
         )
-    return Place(rank, world_size, _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else rank)
+    return Place(
+        rank, world_size, _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else rank
+    )
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

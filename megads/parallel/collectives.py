@@ -27,14 +27,18 @@ _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 def _check(tensor: Tensor) -> None:
     if not tensor.is_contiguous():
-        raise ValueError(f"collectives need contiguous memory, got strides {tensor.stride()} of {tuple(tensor.shape)}")
+        raise ValueError(
+            f"collectives need contiguous memory, got strides {tensor.stride()} of {tuple(tensor.shape)}"
+        )
 
 
 def all_reduce_(tensor: Tensor, group: Group, *, op: str = "sum") -> Tensor:
     """Replace `tensor` by the sum ("sum") or maximum ("max") over the group; returns it."""
     if group.size > 1:
         _check(tensor)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group.handle)
+        dist.all_reduce(
+            tensor, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group.handle
+        )
     return tensor
 
 
@@ -98,9 +102,9 @@ class _ReduceFrom(torch.autograd.Function):
 
 def copy_to(x: Tensor, group: Group) -> Tensor:
     """Identity whose gradient is summed over the group: each rank used `x` for its own share of the work."""
-    return _CopyTo.apply(x, group) if group.size > 1 else x  # type: ignore[no-any-return,no-untyped-call]
+    return _CopyTo.apply(x, group) if group.size > 1 else x  # type: ignore[no-untyped-call]
 
 
 def reduce_from(x: Tensor, group: Group) -> Tensor:
     """Sum over the group; the gradient of the sum is every rank's gradient as it is."""
-    return _ReduceFrom.apply(x, group) if group.size > 1 else x  # type: ignore[no-any-return,no-untyped-call]
+    return _ReduceFrom.apply(x, group) if group.size > 1 else x  # type: ignore[no-untyped-call]

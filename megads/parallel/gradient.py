@@ -6,7 +6,8 @@ reduces many parameters, and a shard of the bucket is a plain slice:
     flat    | layers.1.mlp.down.weight | layers.1.mlp.up.weight | ... | pad |
     shards  |      rank 0        |       rank 1       |      rank 2         |
 
-Buckets are filled in reverse order of declaration, as the backward finishes them. Parameters share a bucket only if they
+Buckets are filled in reverse order of declaration, as the backward finishes them. Parameters share a bucket
+only if they
 agree in everything that the optimizer and the norm ask (`Traits`), so a whole bucket decays or does not, counts or not.
 """
 
@@ -83,15 +84,15 @@ class Bucket:
         """
         for axis in self.traits.partial:
             all_reduce_(self.gradients, self._mesh.group(axis))
-        if sharded:
-            mine = reduce_scatter_(self.gradients, self.group)
-        else:
-            mine = all_reduce_(self.gradients, self.group)
+        collect = reduce_scatter_ if sharded else all_reduce_
+        mine = collect(self.gradients, self.group)
         if self.traits.tie is not None:
             all_reduce_(mine, self._mesh.group("ends"))
 
 
-def make_buckets(parameters: Iterable[ShardedParameter], mesh: Mesh, *, max_elements: int) -> tuple[Bucket, ...]:
+def make_buckets(
+    parameters: Iterable[ShardedParameter], mesh: Mesh, *, max_elements: int
+) -> tuple[Bucket, ...]:
     """Deal parameters to buckets of at most `max_elements` (a larger parameter gets one of its own)."""
     groups: dict[Traits, list[list[ShardedParameter]]] = {}
     for parameter in reversed(tuple(parameters)):

@@ -87,7 +87,7 @@ class Scope:
         parameter = ShardedParameter(data)
         parameter.logical_name = logical_name
         parameter.spec = spec
-        parameter.regions = regions(spec, self.mesh.sizes, self.mesh.ranks, name=logical_name)
+        parameter.regions = regions(spec, self.mesh.sizes, ranks=self.mesh.ranks, name=logical_name)
         if spec.tie is not None:
             self.ties[spec.tie] = parameter
         return parameter
@@ -99,7 +99,9 @@ def parameter_table(modules: Iterable[torch.nn.Module]) -> tuple[ShardedParamete
     for module in modules:
         for parameter in module.parameters():
             if not isinstance(parameter, ShardedParameter):
-                raise TypeError(f"{type(module).__name__} holds a parameter that was not declared through a Scope")
+                raise TypeError(
+                    f"{type(module).__name__} holds a parameter that was not declared through a Scope"
+                )
             found.setdefault(id(parameter), parameter)
     return tuple(found.values())
 
@@ -156,7 +158,7 @@ def pieces(
     found = []
     name = f"{kind}/{stored_name(parameter)}"
     offset = 0
-    for box in boxes_of_range(tuple(parameter.shape), start, start + values.numel()):
+    for box in boxes_of_range(tuple(parameter.shape), start=start, stop=start + values.numel()):
         view = values[offset : offset + box.size].view(box.shape)
         offset += box.size
         for region in parameter.regions:
@@ -174,11 +176,20 @@ def describe_table(parameters: Iterable[ShardedParameter]) -> str:
     for p in parameters:
         spec = p.spec
         cuts = " ".join(
-            f"{c.axis}@{c.dim}" + (f"[{'+'.join(map(str, c.blocks))}]" if c.blocks else "") + ("+pad" if c.pad else "")
+            f"{c.axis}@{c.dim}"
+            + (f"[{'+'.join(map(str, c.blocks))}]" if c.blocks else "")
+            + ("+pad" if c.pad else "")
             for c in spec.cuts
         )
         init = f"normal({spec.init.std:.6g})" if spec.init.kind == "normal" else spec.init.kind
         tie = f"tie={spec.tie}" if spec.tie not in (None, p.logical_name) else ""
-        columns = (p.logical_name, "x".join(map(str, spec.shape)), cuts or "-", init, "decay" if spec.decay else "-", tie)
+        columns = (
+            p.logical_name,
+            "x".join(map(str, spec.shape)),
+            cuts or "-",
+            init,
+            "decay" if spec.decay else "-",
+            tie,
+        )
         rows.append("  ".join(columns).rstrip())
     return "\n".join(rows) + "\n"

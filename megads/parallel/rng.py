@@ -116,7 +116,9 @@ def fill_normal_(target: Tensor, *, name: str, shape: Shape, box: Box, std: floa
         std: standard deviation.
     """
     words = key(name)
-    run_dims = len(shape)  # trailing dims, from the last, over which the box is one contiguous run of elements
+    run_dims = len(
+        shape
+    )  # trailing dims, from the last, over which the box is one contiguous run of elements
     while run_dims > 0:
         run_dims -= 1
         if (box.start[run_dims], box.stop[run_dims]) != (0, shape[run_dims]):
@@ -169,6 +171,6 @@ def keep_mask(
     blocks = torch.arange(start >> 2, (stop + 3) >> 2, device=units.device)
     moment = torch.tensor(step & MASK, dtype=torch.int64, device=units.device)
     words = philox((blocks, rows[..., None], units[..., None], moment), key(name))
-    drawn = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(-2)
+    drawn = torch.stack(words, dim=-1).flatten(-2)
     offset = start - (start & ~3)
     return drawn[..., offset : offset + stop - start] >= int(probability * 2**32)

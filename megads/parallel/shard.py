@@ -148,12 +148,14 @@ def local_shape(spec: ShardSpec, sizes: Mapping[str, int], *, name: str) -> Shap
     """
     shape = list(spec.shape)
     for cut in spec.cuts:
-        shape[cut.dim] = sum(_block_share(spec, cut, size, sizes[cut.axis], name) for size in _blocks(spec, cut))
+        shape[cut.dim] = sum(
+            _block_share(spec, cut, size, sizes[cut.axis], name) for size in _blocks(spec, cut)
+        )
     return tuple(shape)
 
 
 def regions(
-    spec: ShardSpec, sizes: Mapping[str, int], ranks: Mapping[str, int], *, name: str
+    spec: ShardSpec, sizes: Mapping[str, int], *, ranks: Mapping[str, int], name: str
 ) -> tuple[Region, ...]:
     """What the rank at `ranks` (axis -> rank in that axis) holds: regions in local order, padding left out."""
     per_dim: list[list[_Interval]] = [[_Interval(0, 0, n, 0)] for n in spec.shape]
@@ -184,7 +186,8 @@ def _block_share(spec: ShardSpec, cut: Cut, block: int, size: int, name: str) ->
     if block % size and not cut.pad:
         legal = [n for n in range(1, min(block, 4096) + 1) if all(b % n == 0 for b in _blocks(spec, cut))]
         raise LayoutError(
-            f"parameter {name} of shape {spec.shape} cannot be cut evenly: dim {cut.dim} in parts {_blocks(spec, cut)} over axis {cut.axis}",
+            f"parameter {name} of shape {spec.shape} cannot be cut evenly: "
+            f"dim {cut.dim} in parts {_blocks(spec, cut)} over axis {cut.axis}",
             found=f"{size} ranks",
             allowed=f"{cut.axis} of size {', '.join(map(str, legal))}",
         )
@@ -214,7 +217,7 @@ def block_box(spec: ShardSpec, block: int) -> Box:
     return whole
 
 
-def boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:
+def boxes_of_range(shape: Shape, *, start: int, stop: int) -> Iterator[Box]:
     """Cut the flat, row-major range [start, stop) of a tensor into boxes, in order.
 
     A range of a matrix is at most a part of a row, whole rows, and a part of a row:
@@ -233,16 +236,16 @@ def boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:
     head = start - first * row
     tail = stop - last * row
     if first == last and (head or tail < row):
-        yield from (_prefix(first, box) for box in boxes_of_range(shape[1:], head, tail))
+        yield from (_prefix(first, box) for box in boxes_of_range(shape[1:], start=head, stop=tail))
         return
     if head:
-        yield from (_prefix(first, box) for box in boxes_of_range(shape[1:], head, row))
+        yield from (_prefix(first, box) for box in boxes_of_range(shape[1:], start=head, stop=row))
         first += 1
     whole = last if tail < row else last + 1
     if first < whole:
         yield Box((first, *(0 for _ in shape[1:])), (whole, *shape[1:]))
     if tail < row and first <= last:
-        yield from (_prefix(last, box) for box in boxes_of_range(shape[1:], 0, tail))
+        yield from (_prefix(last, box) for box in boxes_of_range(shape[1:], start=0, stop=tail))
 
 
 def _prefix(index: int, box: Box) -> Box:

@@ -2,8 +2,8 @@
 
     for each action of this rank's row:   F, B: compute    SEND, RECV: transport    REDUCE: the engine's reduction
 
-The loss is a weighted sum of extras, each divided by its *global* count: the backward of every micro-batch is seeded with
-weight / count, so gradients only ever need to be summed, over micro-batches and over ranks.
+The loss is a weighted sum of extras, each divided by its *global* count: the backward of every micro-batch is
+seeded with weight / count, so gradients only ever need to be summed, over micro-batches and over ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Total:
     count: Tensor
 
 
-def global_sum(totals: Mapping[str, Total], name: str, mesh: Mesh) -> Tensor:
+def global_sum(totals: Mapping[str, Total], name: str, *, mesh: Mesh) -> Tensor:
     """The sum of one extra over all stages and data-parallel ranks: float64 scalar, the same on every rank."""
     value = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if name in totals and mesh.group("tp").rank == 0:  # tensor-parallel ranks hold the same sum
@@ -41,7 +41,8 @@ def global_sum(totals: Mapping[str, Total], name: str, mesh: Mesh) -> Tensor:
 def forwards(schedule: Schedule) -> Schedule:
     """The forward half of a compute-only schedule, for evaluation."""
     rows = tuple(
-        tuple(action for cell in row for action in cell.actions if action.kind is Kind.F) for row in schedule.rows
+        tuple(action for cell in row for action in cell.actions if action.kind is Kind.F)
+        for row in schedule.rows
     )
     return replace(schedule, rows=rows)
 
@@ -137,7 +138,9 @@ class _Run:
         stage, micro_batch = action.stage, action.micro_batch
         payload: Payload = ()
         if stage > 0:
-            payload = self._take(Action(Kind.RECV_F, stage, micro_batch), Action(Kind.F, stage - 1, micro_batch))
+            payload = self._take(
+                Action(Kind.RECV_F, stage, micro_batch), Action(Kind.F, stage - 1, micro_batch)
+            )
         rows = self._batch.rows(micro_batch * self._rows, (micro_batch + 1) * self._rows)
         output = self._stages[stage].forward(payload, rows, micro_batch=micro_batch)
         if stage < self._schedule.num_stages - 1:

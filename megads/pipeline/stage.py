@@ -69,7 +69,8 @@ class Stage:
         """
         keeping = torch.is_grad_enabled()
         inputs = tuple(t.requires_grad_() if keeping and t.is_floating_point() else t for t in payload)
-        current, extras = inputs, []
+        current = inputs
+        extras: list[Extra] = []
         for block in self.blocks:
             output: BlockOutput = block(current, batch)
             current = output.payload
@@ -92,7 +93,7 @@ class Stage:
             gradients of the incoming payload; empty on the first stage.
         """
         saved = self._saved.pop(micro_batch)
-        roots: list[Tensor | GradientEdge] = [*saved.edges, *(e.sum for e in saved.extras)]
+        roots = [*saved.edges, *(get_gradient_edge(e.sum) for e in saved.extras)]
         flows = [*gradients, *(seeds[e.name].to(e.sum.dtype) for e in saved.extras)]
         torch.autograd.backward(roots, flows)
         return tuple(t.grad for t in saved.inputs if t.grad is not None)

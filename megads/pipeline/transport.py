@@ -1,6 +1,7 @@
 """Point-to-point transfers between the ranks of one pipeline.
 
-Both ends know shape and dtype beforehand, so no header travels. Receives are posted early and waited for where the value
+Both ends know shape and dtype beforehand, so no header travels. Receives are posted early and waited for where
+the value
 is used. A send is held until the other side has taken it: dropping the work object would lose the message, touching the
 tensor would change it.
 """

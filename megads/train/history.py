@@ -1,7 +1,7 @@
 """The history of a run: which data every step reads, as rows that only ever grow.
 
-`run.dir/history.json` is for people and tools; the copy in each checkpoint is what a resumed run goes on from. What a row
-means is defined in `data/blend.py`.
+`run.dir/history.json` is for people and tools; the copy in each checkpoint is what a resumed run goes on from.
+What a row means is defined in `data/blend.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a step cost: tokens per second, model TFLOP/s, share of the peak (MFU), memory.
 
 MFU = flops of the model for the tokens of a step / seconds / ranks / peak of a rank. Model flops count forward and
-backward of the weights' products and causal attention, and nothing that is computed twice (`DecoderSpec.flops_per_token`).
+backward of the weights' products and causal attention, and nothing that is computed twice
+(`DecoderSpec.flops_per_token`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from megads.parallel.control import Control
 from megads.train import history as run_history
 
 
-def objects(config: Config, history: Sequence[Segment], engine: Engine, *, tokenizer: str) -> dict[str, Any]:
+def objects(config: Config, history: Sequence[Segment], *, engine: Engine, tokenizer: str) -> dict[str, Any]:
     """The small values of a checkpoint: enough to go on, evaluate or export without the run's directory.
 
     Args:
@@ -34,7 +34,7 @@ def objects(config: Config, history: Sequence[Segment], engine: Engine, *, token
     }
 
 
-def check_ranks_agree(config: Config, fingerprints: Mapping[str, str], control: Control) -> None:
+def check_ranks_agree(config: Config, fingerprints: Mapping[str, str], *, control: Control) -> None:
     """Refuse to start if a rank has another config, other files or other code than rank 0.
 
     Raises:

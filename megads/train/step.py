@@ -44,4 +44,4 @@ def train_step(batch: Batch, *, executor: Executor, engine: Engine, mesh: Mesh, 
     engine.zero_gradients()
     totals = executor.run(batch, seeds={"loss": 1.0 / num_tokens}, reduce=engine.reduce)
     report = engine.step(lr=lr)
-    return StepResult(global_sum(totals, "loss", mesh) / num_tokens, num_tokens, report)
+    return StepResult(global_sum(totals, "loss", mesh=mesh) / num_tokens, num_tokens, report)

@@ -81,13 +81,13 @@ class Trainer:
         self._control = control
         self._speaks = control.rank == 0
         self._source = source.open_source(config)
-        state.check_ranks_agree(config, self._source.fingerprints, control)
+        state.check_ranks_agree(config, self._source.fingerprints, control=control)
         torch.use_deterministic_algorithms(config.run.deterministic)
         self._mesh: Mesh = build_mesh(wiring.layout_of(config, control.size), control.rank, device=device)
         self._model = wiring.build_model(config, self._mesh, vocab=self._source.tokenizer.vocab_size)
         self._config = wiring.resolved(config, self._model.spec)
-        self._engine = wiring.build_engine(config, self._model, self._mesh)
-        self._executors = wiring.build_executors(config, self._model, self._mesh)
+        self._engine = wiring.build_engine(config, self._model, mesh=self._mesh)
+        self._executors = wiring.build_executors(config, self._model, mesh=self._mesh)
         self._dir = Path(config.run.dir)
         self._checkpoints = self._dir / "checkpoints"
         self._metrics = log.MetricsWriter(self._dir / "metrics.jsonl")
@@ -97,18 +97,18 @@ class Trainer:
 
     def run(self) -> None:
         """Train from where the run stands to its last step."""
-        step, history = self._restore()
-        self._write_run_files(step, history)
+        done, history = self._restore()
+        self._write_run_files(done, history)
         self._say_what_runs(history)
-        if step >= self._last_step:
-            _log.info("nothing to do: step %d of %d is done", step, self._last_step)
+        if done >= self._last_step:
+            _log.info("nothing to do: step %d of %d is done", done, self._last_step)
             return
-        loader = source.build_loader(self._config, self._source, history, self._mesh)
+        loader = source.build_loader(self._config, self._source, history=history, mesh=self._mesh)
         pending: _Pending | None = None
         read = time.perf_counter()
-        bar = log.Progress("training", total=self._config.run.steps, done=step, is_shown=self._speaks)
+        bar = log.Progress("training", total=self._config.run.steps, done=done, is_shown=self._speaks)
         with bar:
-            for step in range(step + 1, self._last_step + 1):
+            for step in range(done + 1, self._last_step + 1):
                 lr = learning_rate(step, self._config.optim, total_steps=self._config.run.steps)
                 result = train_step(
                     loader.batch(step).to(self._mesh.device),
@@ -243,7 +243,9 @@ class Trainer:
         found = {}
         limit = -(-self._config.log.validate_samples // self._config.batch.global_size)
         for corpus in self._source.valid:
-            batches = source.build_valid_loader(self._config, corpus, self._source.packing, self._mesh)
+            batches = source.build_valid_loader(
+                self._config, corpus, packing=self._source.packing, mesh=self._mesh
+            )
             score = evaluate(
                 batches, self._model, executor=self._executors.evaluate, mesh=self._mesh, max_batches=limit
             )
@@ -257,7 +259,7 @@ class Trainer:
             step,
             pieces=self._engine.state(),
             objects=state.objects(
-                self._config, history, self._engine, tokenizer=self._source.tokenizer.fingerprint
+                self._config, history, engine=self._engine, tokenizer=self._source.tokenizer.fingerprint
             ),
             control=self._control,
             writers_per_node=self._config.checkpoint.writers_per_node,

@@ -1,7 +1,7 @@
 """Run a tiny model under a layout on real ranks and bring back what must not depend on the layout.
 
-The weights, moments and so the gradients of step 1 come out as the pieces that a checkpoint would get, so a piece that is
-missing, doubled or misplaced is seen here too.
+The weights, moments and so the gradients of step 1 come out as the pieces that a checkpoint would get, so a
+piece that is missing, doubled or misplaced is seen here too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Case:
 
     def __str__(self) -> str:
         changed = [
-            f"{f.name}{getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+            f"{f.name}{getattr(self, f.name)}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
         ]
         return "-".join(changed) or "one"
 
@@ -109,7 +111,7 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
 
 
 def make_batch(step: int) -> Batch:
-    """The global batch of a step: skewed tokens, masks that differ between samples by more than an order of magnitude."""
+    """The global batch of a step: skewed tokens, masks whose sizes differ between samples by a factor of 20."""
     generator = torch.Generator().manual_seed(100 + step)
     draw = torch.rand(GLOBAL_BATCH, SEQ + 1, generator=generator)
     tokens = (VOCAB * draw**3).long()
@@ -159,8 +161,8 @@ def run_case(
         if before is not None:
             before(mesh)
         trainee = build_model(config, mesh, vocab=VOCAB)
-        engine = build_engine(config, trainee, mesh)
-        executor = build_executors(config, trainee, mesh).train
+        engine = build_engine(config, trainee, mesh=mesh)
+        executor = build_executors(config, trainee, mesh=mesh).train
         initial = _copies(engine.state())
         rows = GLOBAL_BATCH // mesh.layout.data
         dp_rank = mesh.group("dp").rank
@@ -175,7 +177,9 @@ def run_case(
         return initial, first, _copies(engine.state()), losses, norms
 
     results = run_ranks(work, case.world_size)
-    assert all(r[3] == results[0][3] and r[4] == results[0][4] for r in results), "ranks disagree about the loss"
+    assert all(r[3] == results[0][3] and r[4] == results[0][4] for r in results), (
+        "ranks disagree about the loss"
+    )
     initial, first, final = (assemble([r[i] for r in results]) for i in range(3))
     gradients = {
         name.removeprefix("optim/exp_avg/"): values / (1.0 - BETA1)

@@ -42,7 +42,7 @@ def initial_weights(case: Case) -> list[dict[str, torch.Tensor]]:
         mesh = build_mesh(layout_of(configs[0], size), rank)
         found = []
         for config in configs:
-            engine = build_engine(config, build_model(config, mesh, vocab=VOCAB), mesh)
+            engine = build_engine(config, build_model(config, mesh, vocab=VOCAB), mesh=mesh)
             found.append([(p.name, p.shape, p.box.slices, p.tensor.clone()) for p in engine.state()])
         return found
 
@@ -73,7 +73,9 @@ def test_names_are_logical_and_all_there(reference: list[dict[str, torch.Tensor]
 
 def _weight(name: str, *, std: float, shape: tuple[int, ...]) -> torch.Tensor:
     mesh = build_mesh(Layout(), 0)
-    parameter = Scope(mesh, torch.float32, 1234, name).parameter("weight", ShardSpec(shape, init=Init("normal", std)))
+    parameter = Scope(mesh, torch.float32, 1234, name).parameter(
+        "weight", ShardSpec(shape, init=Init("normal", std))
+    )
     fill(parameter, seed=1234)
     return parameter.detach()
 

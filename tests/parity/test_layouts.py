@@ -32,11 +32,16 @@ CASES = (
     Case(tensor=2, pipeline=2, data=2, micro=2, zero=1),
     Case(tensor=4, pipeline=2, micro=4),
 )
-MODELS = (
-    Model("gpt", dropout=0.1),  # tied
-    Model("llama", tied=False),
+MODELS = (Model("gpt"), Model("llama"))  # tied, untied
+OTHER_MODELS = (
+    Model("gpt", tied=False, dropout=0.1, layers=2),
+    Model("llama", tied=True, dropout=0.1, layers=2),
 )
-OTHER_MODELS = (Model("gpt", tied=False), Model("llama", tied=True, dropout=0.1))
+OTHER_CASES = (
+    Case(tensor=2, pipeline=2, micro=4, zero=1),
+    Case(data=2, micro=2),
+    Case(tensor=4, micro=7),
+)
 
 
 @functools.cache
@@ -72,9 +77,10 @@ def test_layout_changes_nothing(model: Model, case: Case) -> None:
     check_against(reference(model), rounded, loss_bound=1e-6, gradient_bound=1e-5)
 
 
+@pytest.mark.parametrize("case", OTHER_CASES, ids=str)
 @pytest.mark.parametrize("model", OTHER_MODELS, ids=lambda m: f"{m.family}-tied{m.tied}")
-def test_tied_and_untied(model: Model) -> None:
-    got = run_case(model, Case(tensor=2, pipeline=2, micro=4, zero=1), precision="fp64", steps=2)
+def test_dropout_tied_and_untied(model: Model, case: Case) -> None:
+    got = run_case(model, case, precision="fp64", steps=2)
     check_against(reference(model), got, loss_bound=1e-12, gradient_bound=1e-12)
 
 
@@ -128,10 +134,14 @@ MUTATIONS = (
 
 @pytest.mark.parametrize(("mutation", "case"), MUTATIONS, ids=[m.__name__ for m, _ in MUTATIONS])
 def test_broken_code_is_seen(mutation: Any, case: Case) -> None:
-    """A copy of the code with one mistake fails the comparison above: the comparison can fail."""
-    got = run_case(MODELS[0], case, precision="fp64", steps=1, before=mutation)
-    errors = gradient_error(got.gradients, reference(MODELS[0]).gradients)
-    assert max(errors.values()) > 1e-3
+    """Code with one mistake fails the comparison above, by its gradients or because ranks disagree."""
+    try:
+        got = run_case(MODELS[0], case, precision="fp64", steps=1, before=mutation)
+    except AssertionError as error:
+        assert "ranks disagree" in str(error)
+    else:
+        errors = gradient_error(got.gradients, reference(MODELS[0]).gradients)
+        assert max(errors.values()) > 1e-3
 
 
 def test_norm_counted_twice_is_seen() -> None:
