@@ -1,0 +1,14 @@
+"""One tiny corpus for all tests of whole jobs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.job import Home, make_home
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    torch.set_num_threads(1)
+    return make_home(tmp_path_factory.mktemp("home") / "home")
