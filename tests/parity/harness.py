@@ -76,7 +76,7 @@ class Model:
     family: str = "gpt"
     tied: bool | None = None
     dropout: float = 0.0
-    layers: int = 5  # not divisible by the stages
+    layers: int = 3  # not divisible by the stages
     overrides: dict[str, Any] = field(default_factory=dict)
 
 

@@ -30,7 +30,7 @@ LAYOUTS = (
     Case(tensor=4, pipeline=2),
     Case(tensor=2, pipeline=4),
     Case(tensor=2, pipeline=2, data=2, zero=1),
-    Case(pipeline=7),
+    Case(pipeline=5),
 )
 
 
@@ -68,7 +68,7 @@ def test_names_are_logical_and_all_there(reference: list[dict[str, torch.Tensor]
     tied, untied = reference[0], reference[1]
     assert untied.keys() - tied.keys() == {"model/head.output.weight"}
     assert tied["model/embedding.word.weight"].shape == (VOCAB, 64)
-    assert {name.split(".")[1] for name in tied if name.startswith("model/layers.")} == set("01234")
+    assert {name.split(".")[1] for name in tied if name.startswith("model/layers.")} == set("012")
 
 
 def _weight(name: str, *, std: float, shape: tuple[int, ...]) -> torch.Tensor:

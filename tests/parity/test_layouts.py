@@ -25,7 +25,7 @@ CASES = (
     Case(pipeline=2, micro=4, schedule="gpipe"),
     Case(pipeline=4, micro=7),
     Case(pipeline=4, micro=4, schedule="gpipe"),
-    Case(pipeline=7, micro=4),
+    Case(pipeline=5, micro=4),
     Case(tensor=2, pipeline=2, micro=4),
     Case(tensor=2, data=2, zero=1, micro=2),
     Case(pipeline=2, data=2, micro=2, zero=1),

@@ -1,0 +1,87 @@
+"""The rank grid: coordinates and groups as arithmetic, against brute force."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import fields
+
+import pytest
+
+from megads.errors import LayoutError
+from megads.parallel.layout import AXES, Layout
+
+LAYOUTS = tuple(
+    Layout(tensor=t, context=c, data=d, pipeline=p)
+    for t, c, d, p in itertools.product((1, 2, 3), (1, 2), (1, 2, 4), (1, 2, 3))
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_coordinates_and_rank_are_inverse(layout: Layout) -> None:
+    for rank in range(layout.world_size):
+        c = layout.coordinates(rank)
+        assert layout.rank(tensor=c.tensor, context=c.context, data=c.data, pipeline=c.pipeline) == rank
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_groups_partition_the_ranks_and_differ_in_their_axis_alone(layout: Layout) -> None:
+    own = {
+        "tp": {"tensor"},
+        "cp": {"context"},
+        "dp": {"data"},
+        "pp": {"pipeline"},
+        "dp_cp": {"data", "context"},
+    }
+    own |= {"model": {"tensor", "pipeline"}, "world": {"tensor", "context", "data", "pipeline"}}
+    for axis in AXES:
+        groups = layout.groups(axis)
+        assert sorted(itertools.chain(*groups)) == list(range(layout.world_size))
+        assert all(list(group) == sorted(group) for group in groups)
+        for group in groups if axis in own else ():
+            coordinates = [layout.coordinates(rank) for rank in group]
+            for field in ("tensor", "context", "data", "pipeline"):
+                distinct = {getattr(c, field) for c in coordinates}
+                full = getattr(layout, field)
+                assert len(distinct) == (full if field in own[axis] else 1)
+
+
+def test_tensor_ranks_are_neighbours() -> None:
+    layout = Layout(tensor=2, data=2, pipeline=2)
+    assert layout.groups("tp") == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert layout.groups("dp") == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert layout.groups("pp") == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
+def test_ends_are_the_first_and_last_stage() -> None:
+    layout = Layout(tensor=1, data=2, pipeline=4)
+    assert {g for g in layout.groups("ends") if len(g) > 1} == {(0, 6), (1, 7)}
+
+
+def test_experts_split_context_and_data() -> None:
+    layout = Layout(tensor=2, context=2, data=4, expert=4)
+    assert layout.groups("ep")[0] == (0, 2, 4, 6)
+    assert layout.groups("edp")[0] == (0, 8)
+    assert layout.groups("etp")[0] == (0, 1)
+    other = Layout(tensor=4, data=2, expert=8, expert_tensor=1)
+    assert other.groups("ep") == (tuple(range(8)),)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Layout) if f.name != "expert_tensor"])
+def test_degrees_below_one_are_refused(name: str) -> None:
+    with pytest.raises(LayoutError, match=name):
+        Layout(**{name: 0})
+
+
+def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(LayoutError, match="3 x 2"):
+        Layout(tensor=2, expert=3, expert_tensor=2)
+    with pytest.raises(LayoutError, match="6 ranks with 4 x 1 x 1"):
+        Layout.fit(6, tensor=4)
+    with pytest.raises(LayoutError, match="axis"):
+        Layout().groups("xp")
+    with pytest.raises(LayoutError, match=r"0\.\.0"):
+        Layout().coordinates(1)
+
+
+def test_fit_leaves_the_rest_to_data_parallel() -> None:
+    assert Layout.fit(12, tensor=2, pipeline=3).data == 2
