@@ -1,7 +1,8 @@
 """An op and its implementations: which one runs is decided here, told once in the log, and can be forced in tests.
 
 An `Op` is an immutable table. Implementations are tried in order; the first whose predicate accepts the arguments runs.
-The last one is the reference, which accepts everything that the op is defined for.
+The last one is the reference, which accepts everything that the op is defined for. Under torch.compile the choice is
+made, told and forced while tracing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from megads.errors import ConfigError
 
@@ -41,7 +44,7 @@ class Op:
         Raises:
             ConfigError: none accepts them, or the forced one does not.
         """
-        forced = dict(_FORCED.get()).get(self.name)
+        forced = _forced(self.name)
         for implementation in self.implementations:
             if (forced is None or implementation.name == forced) and implementation.accepts(*args, **kwargs):
                 _tell(self.name, implementation.name)
@@ -56,8 +59,18 @@ class Op:
         return self.pick(*args, **kwargs).run(*args, **kwargs)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _forced(op: str) -> str | None:
+    return dict(_FORCED.get()).get(op)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tell(op: str, implementation: str) -> None:
+    _tell_once(op, implementation)
+
+
+@functools.cache
+def _tell_once(op: str, implementation: str) -> None:
     logging.getLogger("megads.ops").info("op %s: %s", op, implementation)
 
 
