@@ -13,6 +13,7 @@ import difflib
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from megads.errors import ConfigError, MegadsError
+from megads.parallel.place import Place, discover
 
 VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -38,6 +40,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 INTERRUPTED = 130  # what a shell reports for a command that ended by Ctrl-C
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LOCAL_RANK = re.compile("--local[_-]rank=[0-9]+")  # deepspeed's launcher adds it; the environment says the same
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    argv = [word for word in argv if not LOCAL_RANK.fullmatch(word)]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -78,14 +82,19 @@ def usage() -> str:
 
 
 def _report(error: BaseException, text: str, code: int) -> int:
-    """Say why the process ends, to the launcher if there is one, else on stderr; returns `code`."""
+    """Say why the process ends, to the launcher if there is one, else on stderr; returns `code`.
+
+    Args:
+        text: all there is to say.
+    """
+    place = _place()
+    reason = text if isinstance(error, MegadsError | KeyboardInterrupt) else f"{type(error).__name__}: {error}"
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         now = time.time()
-        reason = str(error) if isinstance(error, MegadsError) else f"{type(error).__name__}: {error}"
         # Torch's elastic agent reads message, py_callstack and timestamp; train/launch.py reads the rest.
         message = {
-            "message": f"rank {os.environ.get('RANK', '?')}: {reason}",
+            "message": f"rank {place.rank}: {reason}",
             "extraInfo": {
                 "py_callstack": text,
                 "timestamp": str(int(now)),
@@ -96,9 +105,24 @@ def _report(error: BaseException, text: str, code: int) -> int:
         }
         with open(file, "w", encoding="utf-8") as stream:
             json.dump({"message": message}, stream)
-    if not (file and os.environ.get("MEGADS_LAUNCHER")):
+    if file and os.environ.get("MEGADS_LAUNCHER"):
+        return code
+    if place.world_size == 1:
+        print(text, file=sys.stderr)
+    elif not isinstance(error, KeyboardInterrupt):
+        trace = [text] if text != reason else []
+        print(*trace, f"rank {place.rank}: {reason}", sep="\n", file=sys.stderr)
+    elif place.rank == 0:  # the user knows; once is enough
         print(text, file=sys.stderr)
     return code
+
+
+def _place() -> Place:
+    """This process' place; a world of one if the environment is what is wrong."""
+    try:
+        return discover()
+    except ConfigError:
+        return Place(0, 1, 0, 1)
 
 
 def _follow_launcher() -> None:

@@ -40,13 +40,18 @@ class Finding:
         return "\n".join([*lines, f"  do:      {self.do}"] if self.do else lines)
 
 
-def check(config: Config, world_size: int) -> None:
-    """Refuse a config whose keys do not fit each other or `world_size` ranks.
+def check(config: Config, world_size: int, *, host_ranks: range | None = None) -> None:
+    """Refuse a config whose keys do not fit each other, `world_size` ranks, or the hosts they run on.
+
+    Args:
+        host_ranks: global ranks of one host; None: not known here, and every rank checks its own.
 
     Raises:
         ConfigError: listing the findings of all rules.
     """
-    found = findings(config, world_size)
+    found = list(findings(config, world_size))
+    if host_ranks is not None and len(host_ranks) < world_size:
+        found += filter(None, [tensor_stays_on_host(config, host_ranks)])
     if found:
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
         raise ConfigError("\n".join([f"the config does not fit {ranks}:", *map(str, found)]))
@@ -238,6 +243,27 @@ def corpora_differ(config: Config, world_size: int) -> Finding | None:
         return None
     return Finding(
         "data.train", f"{', '.join(twice)} more than once", "each corpus once", "raise its weight instead"
+    )
+
+
+def tensor_stays_on_host(config: Config, host_ranks: range) -> Finding | None:
+    """Every layer waits for its tensor-parallel group, so that group belongs on the links inside a host.
+
+    Groups are ranks [k * tensor, (k + 1) * tensor): none crosses if every host starts and ends at a multiple.
+    """
+    tensor, first, size = config.parallel.tensor, host_ranks.start, len(host_ranks)
+    if config.parallel.allow_cross_node or (first % tensor == 0 and size % tensor == 0):
+        return None
+    end = first + size
+    lowest = first // tensor * tensor if first % tensor else end // tensor * tensor
+    fitting = [degree for degree in range(1, size + 1) if size % degree == 0 and first % degree == 0]
+    return Finding(
+        "parallel.tensor",
+        f"{tensor}; this host runs ranks {first} to {end - 1} ({size} ranks), so the group of ranks {lowest} to "
+        f"{lowest + tensor - 1} crosses to another host",
+        f"a degree that divides the ranks of a host: {', '.join(map(str, fitting))}",
+        "use more of parallel.pipeline or data-parallel ranks instead; or, if the hosts' network is as fast as their "
+        "inner links, parallel.allow_cross_node=true",
     )
 
 

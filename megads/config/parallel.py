@@ -15,7 +15,15 @@ class ParallelConfig:
 
     tensor: PositiveInt = 1
     """Tensor-parallel degree: ranks that share every layer's heads, ffn and vocabulary."""
+    allow_cross_node: bool = False
+    """Let a tensor-parallel group span hosts, for hosts whose network is as fast as their inner links."""
+    sequence: bool = False
+    """Sequence parallelism: cut activations between tensor-parallel regions along the sequence (less memory)."""
     pipeline: PositiveInt = 1
     """Pipeline-parallel degree: stages that the layers are dealt to."""
-    schedule: Literal["gpipe", "one_f_one_b"] = "one_f_one_b"
+    virtual_stages: PositiveInt = 1
+    """Stages that each pipeline rank holds, for `interleaved`."""
+    schedule: Literal["gpipe", "one_f_one_b", "interleaved"] = "one_f_one_b"
     """Pipeline schedule; `python -m megads schedule NAME` draws it."""
+    recompute: Literal["none", "full"] | tuple[Literal["attention", "mlp"], ...] = "none"
+    """What is computed again in the backward instead of kept: nothing, whole layers, or the named parts of each."""

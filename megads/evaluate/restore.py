@@ -19,9 +19,10 @@ from megads.checkpoint.store import Store
 from megads.config.load import load_text
 from megads.config.root import Config
 from megads.errors import CheckpointError
-from megads.parallel.bootstrap import connect, device_of, discover
+from megads.parallel.bootstrap import connect, device_of
 from megads.parallel.mesh import Mesh, build_mesh
 from megads.parallel.parameter import pieces
+from megads.parallel.place import discover
 
 ROWS = 8  # samples that a rank scores at once, unless an override says otherwise
 
@@ -57,7 +58,7 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
         f"batch.global={ROWS * place.world_size}",
     )
     config = load_text(text, [*defaults, *overrides], source=f"{from_path}/config")
-    rules.check(config, place.world_size)
+    rules.check(config, place.world_size, host_ranks=place.host_ranks)
     log.setup(place.rank)
     device = device_of(place)
     control = connect(place, timeout=config.run.timeout, device=device)
@@ -77,6 +78,7 @@ def _newest(checkpoint: str) -> str:
     if not steps:
         raise CheckpointError(
             f"{checkpoint}: no checkpoint there",
+            found="no step in it" if Path(checkpoint).exists() else "nothing there",
             allowed="the directory of a run, of its checkpoints, or of a step",
         )
     return str(steps[0])

@@ -79,6 +79,11 @@ class Hosts:
     def world_size(self) -> int:
         return self.num_local_ranks * self.num_hosts
 
+    @property
+    def host_ranks(self) -> range:
+        """Global ranks of this host."""
+        return range(self.host_rank * self.num_local_ranks, (self.host_rank + 1) * self.num_local_ranks)
+
 
 @dataclass(frozen=True, slots=True)
 class Death:
@@ -111,20 +116,20 @@ def main(argv: Sequence[str]) -> int:
     options, command = _parse(argv)
     endpoint = f"{options.master_addr}:{options.master_port}" if options.nnodes > 1 else None
     hosts = Hosts(options.nproc, options.nnodes, options.node_rank, endpoint)
-    check_input(command, hosts.world_size)
+    check_input(command, hosts)
     return run_ranks([sys.executable, "-m", "megads", *command], hosts)
 
 
-def check_input(command: Sequence[str], world_size: int) -> None:
+def check_input(command: Sequence[str], hosts: Hosts) -> None:
     """Check what every rank of `command` would be told, once and before there are any.
 
     Raises:
-        ConfigError: a wrong config, or one that does not fit `world_size` ranks.
+        ConfigError: a wrong config, or one that does not fit the ranks of `hosts`.
     """
     if command[0] == "train" and "--help" not in command:
         if len(command) < 2:
             raise ConfigError("launch -- train: no config", allowed="-- train CONFIG [key=value ...]")
-        rules.check(load(command[1], command[2:]), world_size)
+        rules.check(load(command[1], command[2:]), hosts.world_size, host_ranks=hosts.host_ranks)
 
 
 def run_ranks(command: Sequence[str], hosts: Hosts) -> int:
