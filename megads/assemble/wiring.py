@@ -13,6 +13,7 @@ import torch
 from megads.config.root import Config
 from megads.model.catalog import describe
 from megads.model.decoder import DecoderSpec, make_blocks
+from megads.optim.precision import initial_dtype
 from megads.optim.zero import NativeEngine
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import Mesh
@@ -25,8 +26,6 @@ from megads.pipeline.schedules import build
 from megads.pipeline.stage import Stage
 from megads.pipeline.transport import TensorSpec, Transport
 
-DTYPES = (("fp32", torch.float32), ("fp64", torch.float64))
-
 
 def layout_of(config: Config, world_size: int) -> Layout:
     """The layout that the config means for this many ranks; data parallel is what is left.
@@ -34,7 +33,13 @@ def layout_of(config: Config, world_size: int) -> Layout:
     Raises:
         LayoutError: the degrees do not divide the ranks.
     """
-    return Layout.fit(world_size, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    parallel = config.parallel
+    return Layout.fit(
+        world_size,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_stages=parallel.virtual_stages,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +49,15 @@ class Model:
     Attributes:
         spec: the whole model.
         stages: stage number -> its blocks.
-        dtype: of weights and activations.
     """
 
     spec: DecoderSpec
     stages: dict[int, torch.nn.ModuleList]
-    dtype: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.parameters[0].dtype
 
     @property
     def parameters(self) -> tuple[ShardedParameter, ...]:
@@ -68,17 +76,24 @@ class Model:
 
 
 def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
-    """This rank's stages with their initial weights, the same bits under every layout.
+    """This rank's stages with their initial weights, the same bits under every layout, in float32 (float64 for fp64).
+
+    An engine turns the weights into the dtype that computes.
 
     Args:
         vocab: token ids of the tokenizer.
     """
     spec = describe(config.model, vocab=vocab, sequence_length=config.data.sequence_length)
-    dtype = dict(DTYPES)[config.optim.precision]
+    scope = Scope(
+        mesh,
+        initial_dtype(config.optim.precision),
+        config.run.seed,
+        sequence_parallel=config.parallel.sequence,
+    )
     ranges = partition(spec.block_costs, mesh.layout.num_stages)
-    pp_rank = mesh.group("pp").rank
-    mine = {pp_rank: range(*ranges[pp_rank])}
-    model = Model(spec, make_blocks(Scope(mesh, dtype, config.run.seed), spec, stages=mine), dtype)
+    mine = {s: range(*r) for s, r in enumerate(ranges) if s % mesh.layout.pipeline == mesh.group("pp").rank}
+    recompute = config.parallel.recompute
+    model = Model(spec, make_blocks(scope, spec, stages=mine, recompute=recompute))
     for parameter in model.parameters:
         fill(parameter, seed=config.run.seed)
     return model
@@ -113,8 +128,11 @@ def build_executors(config: Config, model: Model, *, mesh: Mesh) -> Executors:
     stages = {number: Stage(number, list(blocks)) for number, blocks in model.stages.items()}
     transport = Transport(pipeline, mesh.device)
 
+    cut = mesh.group("tp").size if config.parallel.sequence else 1
+    dtype = model.dtype
+
     def payload(rows: int, seq: int) -> tuple[TensorSpec, ...]:
-        return (TensorSpec((seq, rows, model.spec.hidden), model.dtype),)
+        return (TensorSpec((seq // cut, rows, model.spec.hidden), dtype),)
 
     def executor(chosen: Schedule) -> Executor:
         return Executor(lower(chosen), pipeline.rank, stages=stages, transport=transport, payload=payload)

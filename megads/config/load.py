@@ -55,7 +55,13 @@ def _validated(text: document.Document, source: str, overrides: Sequence[str]) -
 
 def dump(config: Config) -> str:
     """The YAML text of a config with every default written out; `load` gives an equal config back."""
-    return document.write(TypeAdapter(Config).dump_python(config, mode="json", by_alias=True))
+    return document.write(tree(config))
+
+
+def tree(config: Config) -> dict[str, dict[str, Any]]:
+    """A config as plain values: section -> key -> value, as they are written in a file."""
+    plain: dict[str, dict[str, Any]] = TypeAdapter(Config).dump_python(config, mode="json", by_alias=True)
+    return plain
 
 
 @dataclass(slots=True)

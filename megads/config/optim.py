@@ -35,8 +35,9 @@ class OptimConfig:
     """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
     clip: PositiveFloat | None = 1.0
     """Global gradient norm above which all gradients are scaled down; null: no clipping."""
-    precision: Literal["fp32", "fp64"] = "fp32"
-    """Arithmetic of weights, activations and optimizer."""
+    precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of weights and activations. bf16 and fp16 keep float32 masters, moments and gradients; fp16 scales the
+    loss."""
     engine: Literal["native"] = "native"
     """Optimizer engine. native: megads' own ZeRO, which needs torch alone."""
     zero_stage: Annotated[int, Field(ge=0, le=1)] = 0

@@ -1,6 +1,6 @@
 """Self-attention with heads cut over the tensor-parallel axis; grouped-query, rotary or without positions.
 
-Tensors are [seq, batch, hidden] outside and [batch, heads, seq, dim] inside.
+Tensors are [seq, batch, hidden] outside ([seq / n, ...] with sequence parallelism) and [batch, heads, seq, dim] inside.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ class SelfAttention(torch.nn.Module):
         self.dropout = AttentionDropout(scope.child("dropout"), dropout, num_heads=heads)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        seq, rows, _ = x.shape
+        fused = self.qkv(x)  # [seq, batch, local q + k + v]
+        seq, rows, _ = fused.shape
         num_heads, num_kv = self._num_local
         widths = [num_heads * self._dim, num_kv * self._dim, num_kv * self._dim]
         q, k, v = (
             part.view(seq, rows, -1, self._dim).permute(1, 2, 0, 3)  # [batch, local heads, seq, dim]
-            for part in self.qkv(x).split(widths, dim=-1)
+            for part in fused.split(widths, dim=-1)
         )
         if self._rope_theta is not None:
             angles = rotary_angles(batch.positions, dim=self._dim, theta=self._rope_theta)

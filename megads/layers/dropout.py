@@ -16,12 +16,16 @@ from megads.parallel.rng import keep_mask
 
 
 class HiddenDropout(torch.nn.Module):
-    """Dropout of hidden activations [seq, batch, hidden], alike on all tensor-parallel ranks."""
+    """Dropout of hidden activations [seq, batch, hidden], alike on all tensor-parallel ranks.
+
+    With sequence parallelism each rank has its part of the sequence, and of the mask.
+    """
 
     def __init__(self, scope: Scope, probability: float) -> None:
         super().__init__()
         self._stream = f"{scope.seed}/dropout/{scope.name}"
         self._probability = probability
+        self._part = scope.mesh.group("tp").rank if scope.sequence_parallel else 0
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         if not self.training or self._probability == 0.0:
@@ -31,7 +35,7 @@ class HiddenDropout(torch.nn.Module):
             step=batch.step,
             probability=self._probability,
             units=batch.samples[None, :],
-            rows=torch.arange(x.shape[0], device=x.device)[:, None],
+            rows=self._part * x.shape[0] + torch.arange(x.shape[0], device=x.device)[:, None],
             columns=(0, x.shape[2]),
         )
         return x * keep / (1.0 - self._probability)

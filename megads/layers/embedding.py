@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megads.layers.linear import column_product
 from megads.ops.cross_entropy import Columns
-from megads.parallel.collectives import copy_to, reduce_from
+from megads.parallel.collectives import reduce_from, scatter_sum
 from megads.parallel.parameter import Scope, ShardedParameter
 from megads.parallel.shard import Cut, Init, ShardSpec
 
@@ -31,39 +32,51 @@ def vocabulary_columns(weight: ShardedParameter) -> Columns:
 
 
 class VocabParallelEmbedding(torch.nn.Module):
-    """Token ids [batch, seq] -> [batch, seq, hidden], the same on all tensor-parallel ranks."""
+    """Token ids [batch, seq] -> [seq, batch, hidden] on all tensor-parallel ranks.
+
+    With sequence parallelism each rank keeps [seq / n, batch, hidden].
+    """
 
     def __init__(self, scope: Scope, vocab: int, hidden: int, *, init_std: float, tie: str | None) -> None:
         super().__init__()
         self._group = scope.mesh.group("tp")
+        self._collect = scatter_sum if scope.sequence_parallel else reduce_from
         self.weight = scope.parameter("weight", vocabulary_spec(vocab, hidden, init_std=init_std, tie=tie))
         self._columns = vocabulary_columns(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        mine, row = self._columns.locate(tokens)
-        return reduce_from(F.embedding(row, self.weight) * mine[..., None], self._group)
+        mine, row = self._columns.locate(tokens.T)
+        return self._collect(F.embedding(row, self.weight) * mine[..., None], self._group)
 
 
 class PositionEmbedding(torch.nn.Module):
-    """Learned positions: [batch, seq] indices -> [batch, seq, hidden]."""
+    """Learned positions: [batch, seq] indices -> [seq, batch, hidden], or [seq / n, batch, hidden]."""
 
     def __init__(self, scope: Scope, max_positions: int, hidden: int, *, init_std: float) -> None:
         super().__init__()
-        spec = ShardSpec((max_positions, hidden), init=Init("normal", init_std))
+        self._group = scope.mesh.group("tp")
+        self._is_cut = scope.sequence_parallel
+        spec = ShardSpec((max_positions, hidden), init=Init("normal", init_std), partial=scope.partial)
         self.weight = scope.parameter("weight", spec)
 
     def forward(self, positions: Tensor) -> Tensor:
-        return F.embedding(positions, self.weight)
+        index = positions.T
+        if self._is_cut:
+            index = index.chunk(self._group.size)[self._group.rank]
+        return F.embedding(index, self.weight)
 
 
 class VocabParallelHead(torch.nn.Module):
-    """Hidden [..., hidden] -> this rank's logits [..., vocab_local]; columns beyond `columns.count` are padding."""
+    """Hidden [seq, batch, hidden], or [seq / n, batch, hidden] -> this rank's logits [seq, batch, vocab_local].
+
+    Columns beyond `columns.count` are padding.
+    """
 
     def __init__(self, scope: Scope, vocab: int, hidden: int, *, init_std: float, tie: str | None) -> None:
         super().__init__()
-        self._group = scope.mesh.group("tp")
+        self._scope = scope
         self.weight = scope.parameter("weight", vocabulary_spec(vocab, hidden, init_std=init_std, tie=tie))
         self.columns = vocabulary_columns(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(copy_to(x, self._group), self.weight)
+        return column_product(x, self.weight, None, scope=self._scope)

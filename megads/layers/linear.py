@@ -1,24 +1,124 @@
-"""Linear layers cut over the tensor-parallel axis.
+"""Linear layers cut over the tensor-parallel axis, with their communication.
 
-    column   W [out, in] cut along out:  y_r = x W_r^T      x replicated, y cut     gradient of x summed over ranks
-    row      W [out, in] cut along in:   y = sum_r x_r W_r^T  x cut, y replicated   bias added once, after the sum
+    column   W [out, in] cut along out:  y_r = x W_r^T         x replicated, y cut
+    row      W [out, in] cut along in:   y = sum_r x_r W_r^T   x cut, y replicated; bias added once, after the sum
 
-Column then row needs one all-reduce forward and one backward (Shoeybi et al. 2019, section 3).
+                      forward                    backward of x                 backward of W
+    column            .                          all-reduce, under way while   dy^T x
+    row               all-reduce                 .                             dy^T x
+    with sequence parallelism x of column and y of row are [seq / n, ...]:
+    column            all-gather x               reduce-scatter, under way     dy^T x, x gathered again
+    row               reduce-scatter y           all-gather dy                 dy^T x
+
+(Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.) The weight gradient is added to the parameter's
+`.grad` here, in that buffer's dtype, and not handed to autograd: low-precision weights accumulate in float32.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megads.parallel.collectives import copy_to, reduce_from
+from megads.parallel.collectives import (
+    Pending,
+    start_all_reduce,
+    start_gather_sequence,
+    start_scatter_sequence,
+)
+from megads.parallel.mesh import Group
 from megads.parallel.parameter import Scope
 from megads.parallel.shard import Cut, Init, ShardSpec
 
 
+@dataclass(frozen=True, slots=True)
+class _Cutting:
+    """Over which ranks a product is cut, and whether the other activations are cut along the sequence."""
+
+    group: Group
+    is_sequence_parallel: bool
+
+    def whole(self, x: Tensor) -> Pending:
+        """Begin to make an activation between regions whole."""
+        return start_gather_sequence(x, self.group) if self.is_sequence_parallel else Pending(x)
+
+    def sum(self, x: Tensor) -> Pending:
+        """Begin to sum partial results; the memory of `x` may be used."""
+        if self.is_sequence_parallel:
+            return start_scatter_sequence(x, self.group)
+        return start_all_reduce(x.contiguous(), self.group)
+
+
+def add_weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> None:
+    """weight.grad += dy^T x, in the dtype of the gradient.
+
+    Args:
+        weight: [out, in], with or without `.grad`.
+        dy: [..., out].
+        x: [..., in].
+    """
+    dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    if weight.grad.dtype == x.dtype:
+        weight.grad.addmm_(dy.T, x)
+    elif x.device.type == "cuda":
+        weight.grad.add_(torch.mm(dy.T, x, out_dtype=weight.grad.dtype))
+    else:  # the CPU has no product with a wider result
+        weight.grad.addmm_(dy.T.to(weight.grad.dtype), x.to(weight.grad.dtype))
+
+
+class _Column(torch.autograd.Function):
+    """The weight is kept as an attribute: under recompute a saved tensor comes back as another object."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, cutting: _Cutting) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.has_bias, ctx.cutting = weight, bias is not None, cutting
+        return F.linear(cutting.whole(x).wait(), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = gradients
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            gathering = ctx.cutting.whole(x)
+            summing = ctx.cutting.sum(dy @ ctx.weight)
+            add_weight_gradient(ctx.weight, dy, gathering.wait())
+            dbias = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
+            return summing.wait(), None, dbias, None
+
+
+class _Row(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, cutting: _Cutting) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.cutting = weight, cutting
+        return cutting.sum(F.linear(x, weight)).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            dy = ctx.cutting.whole(gradients[0]).wait()
+            dx = dy @ ctx.weight
+            add_weight_gradient(ctx.weight, dy, x)
+            return dx, None, None
+
+
+def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, scope: Scope) -> Tensor:
+    """x W^T + b for a weight cut along its output, as the layers of `scope` are cut."""
+    cutting = _Cutting(scope.mesh.group("tp"), scope.sequence_parallel)
+    return _Column.apply(x, weight, bias, cutting)  # type: ignore[no-untyped-call,no-any-return]
+
+
 class ColumnParallelLinear(torch.nn.Module):
-    """x [..., in] -> this rank's share of x W^T + b, [..., out_local].
+    """x -> this rank's share of x W^T + b, [seq, batch, out_local].
+
+    x is [seq, batch, in], or [seq / n, batch, in] with sequence parallelism.
 
     Args:
         blocks: sizes of the fused parts of the output, each cut on its own; their sum is the output width.
@@ -31,7 +131,7 @@ class ColumnParallelLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         out_features = sum(blocks)
-        self._group = scope.mesh.group("tp")
+        self._scope = scope
         cut = Cut(0, "tp", blocks)
         self.weight = scope.parameter(
             "weight", ShardSpec((out_features, in_features), (cut,), Init("normal", init_std))
@@ -41,22 +141,29 @@ class ColumnParallelLinear(torch.nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(copy_to(x, self._group), self.weight, self.bias)
+        return column_product(x, self.weight, self.bias, scope=self._scope)
 
 
 class RowParallelLinear(torch.nn.Module):
-    """This rank's share of x, [..., in_local] -> x W^T + b, [..., out], the same on all ranks."""
+    """This rank's share of x, [seq, batch, in_local] -> x W^T + b, [seq, batch, out] on all ranks.
+
+    With sequence parallelism the result is [seq / n, batch, out].
+    """
 
     def __init__(
         self, scope: Scope, in_features: int, out_features: int, *, init_std: float, has_bias: bool
     ) -> None:
         super().__init__()
-        self._group = scope.mesh.group("tp")
+        self._cutting = _Cutting(scope.mesh.group("tp"), scope.sequence_parallel)
         self.weight = scope.parameter(
             "weight", ShardSpec((out_features, in_features), (Cut(1, "tp"),), Init("normal", init_std))
         )
-        self.bias = scope.parameter("bias", ShardSpec((out_features,), decay=False)) if has_bias else None
+        self.bias = (
+            scope.parameter("bias", ShardSpec((out_features,), partial=scope.partial, decay=False))
+            if has_bias
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = reduce_from(F.linear(x, self.weight), self._group)
+        y: Tensor = _Row.apply(x, self.weight, self._cutting)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias

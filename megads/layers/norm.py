@@ -1,4 +1,6 @@
-"""Norm layers: parameters for `ops/norm.py`. Replicated over tensor-parallel ranks, never decayed."""
+"""Norm layers: parameters for `ops/norm.py`. Replicated over tensor-parallel ranks, never decayed.
+
+With sequence parallelism each rank norms its part of the sequence, so gradients are partial sums over the ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, scope: Scope, hidden: int, *, eps: float) -> None:
         super().__init__()
         self._eps = eps
-        self.weight = scope.parameter("weight", ShardSpec((hidden,), init=Init("ones"), decay=False))
+        self.weight = scope.parameter(
+            "weight", ShardSpec((hidden,), init=Init("ones"), partial=scope.partial, decay=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, eps=self._eps)
@@ -28,8 +32,10 @@ class LayerNorm(torch.nn.Module):
     def __init__(self, scope: Scope, hidden: int, *, eps: float) -> None:
         super().__init__()
         self._eps = eps
-        self.weight = scope.parameter("weight", ShardSpec((hidden,), init=Init("ones"), decay=False))
-        self.bias = scope.parameter("bias", ShardSpec((hidden,), decay=False))
+        self.weight = scope.parameter(
+            "weight", ShardSpec((hidden,), init=Init("ones"), partial=scope.partial, decay=False)
+        )
+        self.bias = scope.parameter("bias", ShardSpec((hidden,), partial=scope.partial, decay=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, eps=self._eps)

@@ -1,10 +1,11 @@
-"""Family name -> what the family makes of a config."""
+"""Family name -> what the family makes of a config, and what Hugging Face calls it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from megads.checkpoint.hf import Family
 from megads.config.model import ModelConfig
 from megads.model import gpt, llama
 from megads.model.decoder import DecoderSpec
@@ -12,6 +13,8 @@ from megads.model.decoder import DecoderSpec
 FAMILIES: Mapping[str, Callable[..., DecoderSpec]] = MappingProxyType(
     {"gpt": gpt.describe, "llama": llama.describe}
 )
+
+HUGGING_FACE: Mapping[str, Family] = MappingProxyType({"gpt": gpt.HUGGING_FACE, "llama": llama.HUGGING_FACE})
 
 
 def describe(config: ModelConfig, *, vocab: int, sequence_length: int) -> DecoderSpec:

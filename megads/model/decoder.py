@@ -21,6 +21,7 @@ from megads.layers.dropout import HiddenDropout
 from megads.layers.embedding import PositionEmbedding, VocabParallelEmbedding, VocabParallelHead
 from megads.layers.mlp import GeluMLP, SwiGLUMLP
 from megads.layers.norm import LayerNorm, RMSNorm
+from megads.layers.recompute import Recompute
 from megads.model.block import TransformerBlock
 from megads.objective.language import masked_sum, token_losses
 from megads.parallel.collectives import gather_last
@@ -92,10 +93,10 @@ class EmbeddingBlock(torch.nn.Module):
         self.dropout = HiddenDropout(scope.child("dropout"), spec.dropout)
 
     def forward(self, payload: Payload, batch: Batch) -> BlockOutput:
-        hidden = self.word(batch.tokens)  # [batch, seq, hidden]
+        hidden = self.word(batch.tokens)  # [seq, batch, hidden]
         if self.position is not None:
             hidden = hidden + self.position(batch.positions)
-        return BlockOutput((self.dropout(hidden.transpose(0, 1).contiguous(), batch),))
+        return BlockOutput((self.dropout(hidden, batch),))
 
 
 class HeadBlock(torch.nn.Module):
@@ -139,7 +140,7 @@ def make_norm(scope: Scope, spec: DecoderSpec) -> LayerNorm | RMSNorm:
     return kind(scope, spec.hidden, eps=spec.norm_eps)
 
 
-def make_layer(scope: Scope, spec: DecoderSpec) -> TransformerBlock:
+def make_layer(scope: Scope, spec: DecoderSpec, *, recompute: Recompute) -> TransformerBlock:
     """One transformer layer. Projections back into the residual stream start smaller, by sqrt(2 x layers)."""
     output_std = spec.init_std / (2 * spec.layers) ** 0.5
     attention = SelfAttention(
@@ -168,22 +169,23 @@ def make_layer(scope: Scope, spec: DecoderSpec) -> TransformerBlock:
         attention_norm=make_norm(scope.child("attention_norm"), spec),
         mlp_norm=make_norm(scope.child("mlp_norm"), spec),
         dropout=spec.dropout,
+        recompute=recompute,
     )
 
 
 def make_blocks(
-    scope: Scope, spec: DecoderSpec, *, stages: Mapping[int, range]
+    scope: Scope, spec: DecoderSpec, *, stages: Mapping[int, range], recompute: Recompute = "none"
 ) -> dict[int, torch.nn.ModuleList]:
     """This process' blocks: stage number -> the blocks of its range of block numbers (0 .. num_blocks - 1)."""
     return {
-        stage: torch.nn.ModuleList(_make_block(scope, spec, number) for number in numbers)
+        stage: torch.nn.ModuleList(_make_block(scope, spec, number=n, recompute=recompute) for n in numbers)
         for stage, numbers in stages.items()
     }
 
 
-def _make_block(scope: Scope, spec: DecoderSpec, number: int) -> torch.nn.Module:
+def _make_block(scope: Scope, spec: DecoderSpec, *, number: int, recompute: Recompute) -> torch.nn.Module:
     if number == 0:
         return EmbeddingBlock(scope.child("embedding"), spec)
     if number == spec.num_blocks - 1:
         return HeadBlock(scope.child("head"), spec)
-    return make_layer(scope.child(f"layers.{number - 1}"), spec)
+    return make_layer(scope.child(f"layers.{number - 1}"), spec, recompute=recompute)

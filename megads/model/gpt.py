@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from megads.checkpoint.hf import Family, Row, require
 from megads.config.model import ModelConfig
+from megads.errors import CheckpointError
 from megads.model.decoder import DecoderSpec
 
 
@@ -27,3 +32,78 @@ def describe(config: ModelConfig, *, vocab: int, sequence_length: int) -> Decode
         attention_dropout=config.attention_dropout,
         init_std=config.init_std,
     )
+
+
+def _to_hugging_face(spec: DecoderSpec) -> dict[str, Any]:
+    if spec.kv_heads != spec.heads:
+        raise CheckpointError(
+            "GPT-2 in transformers has no grouped queries",
+            found=f"model.kv_heads {spec.kv_heads} of {spec.heads} heads",
+            allowed="model.family llama for grouped queries",
+        )
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": spec.vocab,
+        "n_positions": spec.max_positions,
+        "n_embd": spec.hidden,
+        "n_layer": spec.layers,
+        "n_head": spec.heads,
+        "n_inner": spec.ffn,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": spec.norm_eps,
+        "embd_pdrop": spec.dropout,
+        "resid_pdrop": spec.dropout,
+        "attn_pdrop": spec.attention_dropout,
+        "initializer_range": spec.init_std,
+        "tie_word_embeddings": spec.tied,
+    }
+
+
+def _from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
+    require(config, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), default="gelu_new")
+    require(config, "scale_attn_weights", (True,), default=True)
+    require(config, "scale_attn_by_inverse_layer_idx", (False,), default=False)
+    require(config, "add_cross_attention", (False,), default=False)
+    return {
+        "layers": config.get("n_layer"),
+        "hidden": config.get("n_embd"),
+        "heads": config.get("n_head"),
+        "ffn": config.get("n_inner"),
+        "vocab": config.get("vocab_size"),
+        "max_positions": config.get("n_positions"),
+        "tied": config.get("tie_word_embeddings", True),
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "dropout": config.get("resid_pdrop", 0.1),
+        "attention_dropout": config.get("attn_pdrop", 0.1),
+        "init_std": config.get("initializer_range", 0.02),
+    }
+
+
+def _block_rows(name: str, foreign: str, *, is_transposed: bool) -> tuple[Row, Row]:
+    """Weight and bias of one module."""
+    return (
+        Row(f"layers.*.{name}.weight", (f"transformer.h.*.{foreign}.weight",), is_transposed),
+        Row(f"layers.*.{name}.bias", (f"transformer.h.*.{foreign}.bias",)),
+    )
+
+
+HUGGING_FACE = Family(
+    model_type="gpt2",
+    rows=(
+        Row("embedding.word.weight", ("transformer.wte.weight",)),
+        Row("embedding.position.weight", ("transformer.wpe.weight",)),
+        *_block_rows("attention_norm", "ln_1", is_transposed=False),
+        *_block_rows("attention.qkv", "attn.c_attn", is_transposed=True),  # Conv1D: [in, out]
+        *_block_rows("attention.out", "attn.c_proj", is_transposed=True),
+        *_block_rows("mlp_norm", "ln_2", is_transposed=False),
+        *_block_rows("mlp.up", "mlp.c_fc", is_transposed=True),
+        *_block_rows("mlp.down", "mlp.c_proj", is_transposed=True),
+        Row("head.norm.weight", ("transformer.ln_f.weight",)),
+        Row("head.norm.bias", ("transformer.ln_f.bias",)),
+        Row("head.output.weight", ("lm_head.weight",)),
+    ),
+    ignored=("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),  # causal masks
+    prefix="transformer.",
+    to_config=_to_hugging_face,
+    from_config=_from_hugging_face,
+)

@@ -27,8 +27,15 @@ class StepReport:
 class Engine(Protocol):
     """Owns gradients and optimizer state of this rank's parameters."""
 
+    @property
+    def loss_scale(self) -> Tensor:
+        """What the loss is multiplied by before the backward, a scalar on the device."""
+
     def zero_gradients(self) -> None:
         """Start a step."""
+
+    def arm(self, stage: int) -> None:
+        """The next backward of a stage is the step's last: reductions may start inside it."""
 
     def reduce(self, stage: int) -> None:
         """Gradients of a stage are complete on this rank: sum them over the ranks that share them."""

@@ -1,15 +1,17 @@
 """The native engine: flat buckets, ZeRO stage 0 and 1 (Rajbhandari et al. 2020, section 5.1).
 
     stage 0   all-reduce gradients      every data-parallel rank updates the whole bucket
-    stage 1   reduce-scatter gradients  each updates its slice, keeps moments for its slice alone, and gathers weights
+    stage 1   reduce-scatter gradients  each updates its slice, keeps state for it alone, and gathers weights
 
-Both do the same arithmetic on the same flat memory; stage 0 is a slice that is the whole. The update itself is torch's
-fused AdamW (or SGD), which skips the step on the device when a gradient was not finite.
+Both do the same arithmetic on the same flat memory; stage 0 is a slice that is the whole. Reductions start inside
+the step's last backward; the gathering of stage 1 goes on into the next forward, where each block waits for its own
+weights.
+The update is torch's fused AdamW (or SGD), which skips the step on the device when a gradient was not finite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,8 +21,9 @@ from torch import Tensor
 from megads.config.optim import OptimConfig
 from megads.optim.clip import clip_factor, global_norm
 from megads.optim.engine import StepReport
-from megads.parallel.collectives import all_gather_
-from megads.parallel.gradient import Bucket, make_buckets
+from megads.optim.precision import COMPUTE_DTYPES, LossScale
+from megads.parallel.collectives import Pending, start_all_gather
+from megads.parallel.gradient import Bucket, Reducer, make_buckets
 from megads.parallel.mesh import Mesh
 from megads.parallel.parameter import Piece, parameter_table, pieces
 
@@ -31,132 +34,190 @@ class NativeEngine:
     """Gradients and optimizer state of the parameters of this rank's stages.
 
     Args:
-        stages: stage number -> its blocks.
+        stages: stage number -> its blocks, with initial weights in float32 (float64 for fp64).
         config: `optim` section.
     """
 
-    def __init__(self, stages: Mapping[int, torch.nn.Module], mesh: Mesh, *, config: OptimConfig) -> None:
+    def __init__(self, stages: Mapping[int, torch.nn.ModuleList], mesh: Mesh, *, config: OptimConfig) -> None:
         self._mesh = mesh
         self._config = config
         self._sharded = config.zero_stage == 1
-        self._buckets = make_stage_buckets(stages, mesh, max_elements=config.bucket_elements)
-        self._all = tuple(bucket for buckets in self._buckets.values() for bucket in buckets)
-        self._values = {id(b): self._held(b, b.values).detach() for b in self._all}
-        for bucket in self._all:
-            self._values[id(bucket)].grad = self._held(bucket, bucket.gradients)
+        dtype = COMPUTE_DTYPES[config.precision]
+        buckets = _stage_buckets(stages, mesh, max_elements=config.bucket_elements, dtype=dtype)
+        self._all = tuple(bucket for found in buckets.values() for bucket in found)
+        self._reducers = {stage: Reducer(found, sharded=self._sharded) for stage, found in buckets.items()}
+        self._masters = tuple(self._master(bucket) for bucket in self._all)
         self._optimizer = self._make_optimizer()
+        self._scale = LossScale(mesh.device, is_dynamic=config.precision == "fp16")
+        self._gathering: dict[int, Pending] = {}
+        for blocks in stages.values():
+            for block in blocks:
+                self._wait_before(block)
 
     def _held(self, bucket: Bucket, flat: Tensor) -> Tensor:
         """The part of a bucket's flat memory that this rank updates."""
         return bucket.shard(flat) if self._sharded else flat
 
+    def _master(self, bucket: Bucket) -> Tensor:
+        """The values that the optimizer updates: the weights themselves, or a float32 copy of low-precision ones."""
+        assert bucket.initial is not None  # read once, here
+        is_copy = bucket.values.dtype != bucket.initial.dtype
+        source = bucket.initial if is_copy else bucket.values
+        master = self._held(bucket, source).detach()
+        master = master.clone() if is_copy else master
+        master.grad = self._held(bucket, bucket.gradients)
+        bucket.initial = None
+        return master
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self._config
+        decays = config.name == "adamw"
         groups = [
             {
-                "params": [self._values[id(b)] for b in self._all if b.traits.decay is decay],
-                "weight_decay": config.weight_decay if decay else 0.0,
+                "params": [
+                    m for m, b in zip(self._masters, self._all, strict=True) if b.traits.decay is decay
+                ],
+                "weight_decay": config.weight_decay if decay and decays else 0.0,
             }
             for decay in (True, False)
         ]
         groups = [group for group in groups if group["params"]]
         if config.name == "sgd":
-            return torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=config.lr, fused=True)
+            return torch.optim.SGD(groups, lr=config.lr, fused=True)
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        for values in self._values.values():  # present before the first step, so that loading can fill it
-            optimizer.state[values] = {
-                "step": torch.zeros((), device=values.device),
-                "exp_avg": torch.zeros_like(values),
-                "exp_avg_sq": torch.zeros_like(values),
+        for master in self._masters:  # present before the first step, so that loading can fill it
+            optimizer.state[master] = {
+                "step": torch.zeros((), device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
             }
         return optimizer
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """What the loss is multiplied by before the backward."""
+        return self._scale.value
 
     def zero_gradients(self) -> None:
         """Start a step."""
         for bucket in self._all:
             bucket.gradients.zero_()
 
+    def arm(self, stage: int) -> None:
+        """The next backward of a stage is the step's last: buckets are reduced as they become complete."""
+        self._reducers[stage].arm()
+
     def reduce(self, stage: int) -> None:
-        """Sum a stage's gradients over the ranks that share them; tied parameters wait for `step`."""
-        for bucket in self._buckets[stage]:
-            if bucket.traits.tie is None:
-                bucket.reduce(sharded=self._sharded)
+        """A stage's gradients are complete on this rank: start what was not started."""
+        self._reducers[stage].flush()
+
+    @property
+    def num_early_reductions(self) -> int:
+        """Buckets whose reduction began inside the last backward of the last step."""
+        return sum(reducer.num_early for reducer in self._reducers.values())
 
     def step(self, *, lr: float) -> StepReport:
         """Clip by the global norm and update; a step with a gradient that is not finite changes nothing."""
-        for bucket in self._all:
-            if bucket.traits.tie is not None:  # both ends have finished their backward only now
-                bucket.reduce(sharded=self._sharded)
-        norm = global_norm(
-            (self._held(b, b.gradients) for b in self._all if b.traits.is_primary),
+        for reducer in self._reducers.values():
+            reducer.finish()
+        held = [self._held(bucket, bucket.gradients) for bucket in self._all]
+        scaled_norm = global_norm(
+            (g for g, b in zip(held, self._all, strict=True) if b.traits.is_primary),
             group=self._mesh.group("world" if self._sharded else "model"),
             device=self._mesh.device,
         )
+        norm = scaled_norm / self._scale.value
         finite = norm.isfinite()
-        factor = clip_factor(norm, self._config.clip)
-        for bucket in self._all:
-            self._held(bucket, bucket.gradients).mul_(factor)
+        factor = clip_factor(norm, self._config.clip) / self._scale.value
+        for gradient in held:
+            gradient.mul_(factor)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self._optimizer.step()
-        if self._sharded:
-            for bucket in self._all:
-                all_gather_(bucket.values, bucket.group)
+        self._scale.update(finite)
+        self._publish()
         return StepReport(norm, finite)
 
-    def _moments(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
-        state = self._optimizer.state.get(self._values[id(bucket)], {})
+    def _publish(self) -> None:
+        """Bring every rank's weights up to the masters. Gathering goes on in the background."""
+        for number in reversed(range(len(self._all))):  # the next forward asks for the last buckets first
+            bucket, master = self._all[number], self._masters[number]
+            if master.dtype != bucket.values.dtype:
+                self._held(bucket, bucket.values).copy_(master)
+            if self._sharded:
+                self._gathering[number] = start_all_gather(bucket.values, bucket.group)
+
+    def _wait_before(self, block: torch.nn.Module) -> None:
+        """Let a block's forward wait for the gathering of the buckets that hold its weights."""
+        mine = {id(parameter) for parameter in block.parameters()}
+        numbers = [
+            number
+            for number, bucket in enumerate(self._all)
+            if any(id(place.parameter) in mine for place in bucket.places)
+        ]
+        block.register_forward_pre_hook(lambda *_: self._wait(numbers))
+
+    def _wait(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            pending = self._gathering.pop(number, None)
+            if pending is not None:
+                pending.wait()
+
+    def _moments(self, master: Tensor) -> Iterator[tuple[str, Tensor]]:
         for name in MOMENTS[self._config.name]:
-            yield f"optim/{name}", state[name]
+            yield f"optim/{name}", self._optimizer.state[master][name]
+
+    def _states(self, master: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Everything flat that belongs to a master, by kind."""
+        yield "model", master
+        yield from self._moments(master)
 
     def state(self) -> tuple[Piece, ...]:
-        """This rank's share of weights and moments. Every data-parallel rank saves a slice, whatever the stage."""
+        """This rank's share of masters and moments. Every data-parallel rank saves a slice, whatever the stage."""
         found: list[Piece] = []
-        for bucket in self._all:
-            if not bucket.traits.is_primary:
-                continue
-            share = bucket.values.numel() // bucket.group.size
-            first = bucket.group.rank * share
-            found += bucket_pieces(bucket, bucket.shard(bucket.values), kind="model", first=first)
-            for kind, moment in self._moments(bucket):
-                held = moment if self._sharded else bucket.shard(moment)
-                found += bucket_pieces(bucket, held, kind=kind, first=first)
+        for bucket, master in zip(self._all, self._masters, strict=True):
+            if bucket.traits.is_primary:
+                first = bucket.group.rank * (bucket.values.numel() // bucket.group.size)
+                for kind, flat in self._states(master):
+                    held = flat if self._sharded else bucket.shard(flat)
+                    found += bucket_pieces(bucket, held, kind=kind, first=first)
         return tuple(found)
 
     def targets(self) -> tuple[Piece, ...]:
-        """Everything this rank holds: whole weights, and the moments it updates."""
+        """Everything this rank updates; `load_scalars` makes weights of it."""
         found: list[Piece] = []
-        for bucket in self._all:
-            found += bucket_pieces(bucket, bucket.values, kind="model", first=0)
+        for bucket, master in zip(self._all, self._masters, strict=True):
             share = bucket.values.numel() // bucket.group.size
-            for kind, moment in self._moments(bucket):
-                first = bucket.group.rank * share if self._sharded else 0
-                found += bucket_pieces(bucket, moment, kind=kind, first=first)
+            first = bucket.group.rank * share if self._sharded else 0
+            for kind, flat in self._states(master):
+                found += bucket_pieces(bucket, flat, kind=kind, first=first)
         return tuple(found)
 
     def scalars(self) -> Mapping[str, Any]:
-        """Adam's step count (steps that were skipped do not count)."""
+        """Adam's step count (steps that were skipped do not count) and the loss scale."""
         steps = {int(s["step"]) for s in self._optimizer.state.values() if "step" in s}
-        return {"name": self._config.name, "step": max(steps, default=0)}
+        return {"name": self._config.name, "step": max(steps, default=0), **self._scale.state()}
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Take back Adam's step count."""
+        """Take back what `scalars` gave, after `targets` were filled: weights are current from here on."""
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(float(scalars["step"]))
+        self._scale.load(scalars)
+        self._publish()
 
 
-def make_stage_buckets(
-    stages: Mapping[int, torch.nn.Module], mesh: Mesh, *, max_elements: int
+def _stage_buckets(
+    stages: Mapping[int, torch.nn.ModuleList], mesh: Mesh, *, max_elements: int, dtype: torch.dtype
 ) -> dict[int, tuple[Bucket, ...]]:
     """Buckets of each stage; a parameter that two stages of this rank share stands in the first one's."""
     seen: set[int] = set()
     buckets = {}
     for stage in sorted(stages):
-        parameters = [p for p in parameter_table([stages[stage]]) if id(p) not in seen]
+        parameters = [p for p in parameter_table(stages[stage]) if id(p) not in seen]
         seen.update(map(id, parameters))
-        buckets[stage] = make_buckets(parameters, mesh, max_elements=max_elements)
+        buckets[stage] = make_buckets(parameters, mesh, max_elements=max_elements, dtype=dtype)
     return buckets
 
 

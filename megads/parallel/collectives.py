@@ -1,13 +1,17 @@
 """Collectives over a `Group`: the plain ones, and those that autograd sees through.
 
-Over a group of one rank each is the identity. Tensor-parallel layers need two conjugate pairs (Shoeybi et al. 2019,
-section 3: f and g):
+Over a group of one rank each is the identity. Tensor-parallel layers need conjugate pairs (Shoeybi et al. 2019,
+section 3; with activations cut along the sequence, Korthikanti et al. 2022, section 4.2):
 
-    copy_to      forward identity     backward all-reduce      before a column-parallel product
-    reduce_from  forward all-reduce   backward identity        after a row-parallel product
+    copy_to              forward identity         backward all-reduce
+    reduce_from          forward all-reduce       backward identity
+    scatter_sum          forward reduce-scatter   backward all-gather       along the sequence
 
-Sums run in the tensor's own dtype, so callers reduce fp32 or fp64. Non-contiguous input is refused: gloo reduces the
-wrong memory of a strided view without a word.
+The linear layers hold the other halves themselves, so that the backward's communication hides behind the weight
+gradient (`layers/linear.py`). `start_*` returns at once; the result is there after `wait`.
+
+gloo sums bf16 and fp16 in their own precision, with an error that depends on the place in the tensor: on the CPU such
+sums run in fp32. Non-contiguous input is refused: gloo reduces the wrong memory of a strided view without a word.
 """
 
 from __future__ import annotations
@@ -32,33 +36,95 @@ def _check(tensor: Tensor) -> None:
         )
 
 
+class Pending:
+    """A collective under way."""
+
+    def __init__(
+        self, result: Tensor, *, work: dist.Work | None = None, narrow: Tensor | None = None
+    ) -> None:
+        self._result = result
+        self._work = work
+        self._narrow = narrow
+
+    def wait(self) -> Tensor:
+        """The result, when it is there."""
+        if self._work is not None:
+            self._work.wait()
+        if self._narrow is not None:
+            self._result = self._narrow.copy_(self._result)
+        return self._result
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype in which its sum is right."""
+    narrow = tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.float() if narrow else tensor
+
+
+def start_all_reduce(tensor: Tensor, group: Group, *, op: str = "sum") -> Pending:
+    """Begin to replace `tensor` by the sum ("sum") or maximum ("max") over the group."""
+    if group.size == 1:
+        return Pending(tensor)
+    _check(tensor)
+    wide = _wide(tensor)
+    reduction = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+    work = dist.all_reduce(wide, op=reduction, group=group.handle, async_op=True)
+    return Pending(wide, work=work, narrow=None if wide is tensor else tensor)
+
+
 def all_reduce_(tensor: Tensor, group: Group, *, op: str = "sum") -> Tensor:
     """Replace `tensor` by the sum ("sum") or maximum ("max") over the group; returns it."""
-    if group.size > 1:
-        _check(tensor)
-        dist.all_reduce(
-            tensor, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group.handle
-        )
-    return tensor
+    return start_all_reduce(tensor, group, op=op).wait()
+
+
+def start_reduce_scatter(flat: Tensor, group: Group) -> Pending:
+    """Begin to sum a flat tensor of n x size elements over the group into this rank's n elements, a view of it."""
+    if group.size == 1:
+        return Pending(flat)
+    _check(flat)
+    share = flat.numel() // group.size
+    mine = flat[group.rank * share : (group.rank + 1) * share]
+    return Pending(mine, work=_REDUCE_SCATTER(mine, flat, group=group.handle, async_op=True))
 
 
 def reduce_scatter_(flat: Tensor, group: Group) -> Tensor:
     """Sum a flat tensor of n x size elements over the group; returns this rank's n elements, a view of `flat`."""
+    return start_reduce_scatter(flat, group).wait()
+
+
+def start_all_gather(flat: Tensor, group: Group) -> Pending:
+    """Begin to fill a flat tensor of n x size elements with every rank's n, of which this rank's are in place."""
+    if group.size == 1:
+        return Pending(flat)
+    _check(flat)
     share = flat.numel() // group.size
     mine = flat[group.rank * share : (group.rank + 1) * share]
-    if group.size > 1:
-        _check(flat)
-        _REDUCE_SCATTER(mine, flat, group=group.handle)
-    return mine
+    return Pending(flat, work=_ALL_GATHER(flat, mine, group=group.handle, async_op=True))
 
 
 def all_gather_(flat: Tensor, group: Group) -> None:
     """Fill a flat tensor of n x size elements with every rank's n elements; this rank's are already in place."""
-    if group.size > 1:
-        _check(flat)
-        share = flat.numel() // group.size
-        mine = flat[group.rank * share : (group.rank + 1) * share]
-        _ALL_GATHER(flat, mine, group=group.handle)
+    start_all_gather(flat, group).wait()
+
+
+def start_gather_sequence(x: Tensor, group: Group) -> Pending:
+    """Begin to put together [seq / size, ...] of every rank to [seq, ...]."""
+    if group.size == 1:
+        return Pending(x)
+    whole = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
+    return Pending(whole, work=_ALL_GATHER(whole, x.contiguous(), group=group.handle, async_op=True))
+
+
+def start_scatter_sequence(x: Tensor, group: Group) -> Pending:
+    """Begin to sum [seq, ...] over the group into this rank's [seq / size, ...]."""
+    if group.size == 1:
+        return Pending(x)
+    wide = _wide(x.contiguous())
+    mine = wide.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    work = _REDUCE_SCATTER(mine, wide, group=group.handle, async_op=True)
+    return Pending(
+        mine, work=work, narrow=None if wide.dtype == x.dtype else torch.empty_like(mine, dtype=x.dtype)
+    )
 
 
 def gather_last(tensor: Tensor, group: Group) -> Tensor:
@@ -108,3 +174,19 @@ def copy_to(x: Tensor, group: Group) -> Tensor:
 def reduce_from(x: Tensor, group: Group) -> Tensor:
     """Sum over the group; the gradient of the sum is every rank's gradient as it is."""
     return _ReduceFrom.apply(x, group) if group.size > 1 else x  # type: ignore[no-untyped-call]
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return start_scatter_sequence(x, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return start_gather_sequence(gradients[0], ctx.group).wait(), None
+
+
+def scatter_sum(x: Tensor, group: Group) -> Tensor:
+    """Sum [seq, ...] over the group and keep this rank's [seq / size, ...]."""
+    return _ScatterSum.apply(x, group) if group.size > 1 else x  # type: ignore[no-untyped-call]

@@ -59,6 +59,8 @@ class ShardedParameter(torch.nn.Parameter):
 class Scope:
     """Where a module stands while it is built: its logical name, the mesh, the dtype, the run's seed.
 
+    With `sequence_parallel`, activations between tensor-parallel regions are cut along the sequence.
+
     Modules declare their parameters through it. Parameters that are tied and live in the same process are one object:
     `ties` remembers them while a model is built.
     """
@@ -67,7 +69,13 @@ class Scope:
     dtype: torch.dtype
     seed: int
     name: str = ""
+    sequence_parallel: bool = False
     ties: dict[str, ShardedParameter] = field(default_factory=dict)
+
+    @property
+    def partial(self) -> tuple[str, ...]:
+        """Axes over which gradients are partial sums, for parameters that meet activations cut along the sequence."""
+        return ("tp",) if self.sequence_parallel else ()
 
     def child(self, name: str) -> Scope:
         """The scope of a module inside this one."""

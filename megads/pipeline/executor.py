@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +33,15 @@ class Total:
 
 def global_sum(totals: Mapping[str, Total], name: str, *, mesh: Mesh) -> Tensor:
     """The sum of one extra over all stages and data-parallel ranks: float64 scalar, the same on every rank."""
+    return all_reduce_(local_sum(totals, name, mesh=mesh), mesh.group("world"))
+
+
+def local_sum(totals: Mapping[str, Total], name: str, *, mesh: Mesh) -> Tensor:
+    """This rank's part of the sum of one extra over the world: float64 scalar."""
     value = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if name in totals and mesh.group("tp").rank == 0:  # tensor-parallel ranks hold the same sum
         value += totals[name].sum
-    return all_reduce_(value, mesh.group("world"))
+    return value
 
 
 def forwards(schedule: Schedule) -> Schedule:
@@ -45,6 +51,16 @@ def forwards(schedule: Schedule) -> Schedule:
         for row in schedule.rows
     )
     return replace(schedule, rows=rows)
+
+
+class GradientOwner(Protocol):
+    """The part of an optimizer engine that the loop talks to."""
+
+    def arm(self, stage: int) -> None:
+        """The next backward of `stage` is the step's last."""
+
+    def reduce(self, stage: int) -> None:
+        """The gradients of `stage` are complete on this rank."""
 
 
 class Executor:
@@ -72,19 +88,21 @@ class Executor:
         self._stages = stages
         self._transport = transport
         self._payload = payload
+        backwards = [a for cell in self._row for a in cell.actions if a.kind is Kind.B]
+        self._last_backwards = frozenset({a.stage: a for a in backwards}.values())
 
     def run(
         self,
         batch: Batch,
         *,
         seeds: Mapping[str, Tensor] | None = None,
-        reduce: Callable[[int], None] | None = None,
+        engine: GradientOwner | None = None,
     ) -> dict[str, Total]:
         """Run all micro-batches of `batch`, this data-parallel rank's rows.
 
         Args:
             seeds: for each extra weight / global count; needed by schedules with a backward.
-            reduce: called with a stage's number when its gradients are complete on this rank.
+            engine: is told before a stage's last backward, and when its gradients are complete on this rank.
 
         Returns:
             the extras of this rank's stages.
@@ -92,11 +110,12 @@ class Executor:
         work = _Run(self, batch, seeds or {})
         for cell in self._row:
             for action in cell.actions:
-                if action.kind is Kind.REDUCE:
-                    if reduce is not None:
-                        reduce(action.stage)
-                else:
+                if engine is not None and action in self._last_backwards:
+                    engine.arm(action.stage)
+                if action.kind is not Kind.REDUCE:
                     work.do(action)
+                elif engine is not None:
+                    engine.reduce(action.stage)
         self._transport.drain()
         return work.totals
 

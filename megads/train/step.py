@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megads.data.sequence import Batch
 from megads.objective.language import count_tokens
 from megads.optim.engine import Engine, StepReport
+from megads.parallel.collectives import all_reduce_
 from megads.parallel.mesh import Mesh
-from megads.pipeline.executor import Executor, global_sum
+from megads.pipeline.executor import Executor, local_sum
+from megads.train.stop import StopRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +29,36 @@ class StepResult:
         loss: mean over all tokens that count, float64 scalar, the same on every rank.
         num_tokens: tokens that count, over all ranks, float64 scalar.
         report: of the optimizer.
+        num_stops: ranks that were asked to stop before this step's end, float64 scalar, the same on every rank.
     """
 
     loss: Tensor
     num_tokens: Tensor
     report: StepReport
+    num_stops: Tensor
 
 
-def train_step(batch: Batch, *, executor: Executor, engine: Engine, mesh: Mesh, lr: float) -> StepResult:
+def train_step(
+    batch: Batch,
+    *,
+    executor: Executor,
+    engine: Engine,
+    mesh: Mesh,
+    lr: float,
+    stop: StopRequest | None = None,
+) -> StepResult:
     """Run one optimizer step on this rank's rows of the global batch.
 
     Args:
         batch: this data-parallel rank's rows, on the device.
         lr: learning rate of this step.
+        stop: whether this rank was asked to stop, looked at when the step ends; None: it never is.
     """
     num_tokens = count_tokens(batch, mesh).clamp_min(1.0)  # a batch may be masked altogether
     engine.zero_gradients()
-    totals = executor.run(batch, seeds={"loss": 1.0 / num_tokens}, reduce=engine.reduce)
+    totals = executor.run(batch, seeds={"loss": engine.loss_scale / num_tokens}, engine=engine)
     report = engine.step(lr=lr)
-    return StepResult(global_sum(totals, "loss", mesh=mesh) / num_tokens, num_tokens, report)
+    is_asked = stop is not None and stop.is_raised
+    asked = torch.full((), float(is_asked), dtype=torch.float64, device=mesh.device)
+    sums = all_reduce_(torch.stack((local_sum(totals, "loss", mesh=mesh), asked)), mesh.group("world"))
+    return StepResult(sums[0] / num_tokens, num_tokens, report, sums[1])

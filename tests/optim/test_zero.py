@@ -31,7 +31,7 @@ def make(config: OptimConfig) -> tuple[Toy, NativeEngine]:
     toy = Toy(Scope(mesh, torch.float64, 1, "toy"))
     for parameter in parameter_table([toy]):
         fill(parameter, seed=1)
-    return toy, NativeEngine({0: toy}, mesh, config=config)
+    return toy, NativeEngine({0: torch.nn.ModuleList([toy])}, mesh, config=config)
 
 
 def gradients(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +44,7 @@ def run(toy: Toy, engine: NativeEngine, steps: range) -> list[float]:
     for step in steps:
         engine.zero_gradients()
         for parameter, gradient in zip((toy.matrix, toy.vector), gradients(step), strict=True):
-            parameter.grad.add_(gradient)  # as autograd accumulates
+            (parameter * gradient).sum().backward()
         engine.reduce(0)
         norms.append(engine.step(lr=1e-2).grad_norm.item())
     return norms

@@ -44,6 +44,9 @@ class Case:
     zero: int = 0
     micro: int = 1
     bucket: int = 25_000_000
+    sequence: bool = False
+    chunks: int = 1
+    recompute: Any = "none"
 
     @property
     def world_size(self) -> int:
@@ -106,7 +109,14 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
             zero_stage=case.zero,
             bucket_elements=case.bucket,
         ),
-        parallel=ParallelConfig(tensor=case.tensor, pipeline=case.pipeline, schedule=case.schedule),
+        parallel=ParallelConfig(
+            tensor=case.tensor,
+            pipeline=case.pipeline,
+            schedule=case.schedule,
+            sequence=case.sequence,
+            virtual_stages=case.chunks,
+            recompute=case.recompute,
+        ),
     )
 
 

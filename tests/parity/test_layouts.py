@@ -31,6 +31,10 @@ CASES = (
     Case(pipeline=2, data=2, micro=2, zero=1),
     Case(tensor=2, pipeline=2, data=2, micro=2, zero=1),
     Case(tensor=4, pipeline=2, micro=4),
+    Case(tensor=2, micro=4, sequence=True),
+    Case(tensor=2, pipeline=2, micro=4, sequence=True, recompute="full"),
+    Case(tensor=2, data=2, micro=2, sequence=True, zero=1, recompute=("attention", "mlp")),
+    Case(data=2, micro=2, zero=1, bucket=3000, recompute=("mlp",)),
 )
 MODELS = (Model("gpt"), Model("llama"))  # tied, untied
 OTHER_MODELS = (
