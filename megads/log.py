@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from megads.errors import DataError
+
 LOGGER = "megads"
 
 
@@ -123,9 +125,13 @@ class MetricsWriter:
         self._stream.flush()
 
     def cut_back(self, step: int) -> None:
-        """Drop the records of all steps after `step`, and a torn last line (a resumed run repeats them)."""
+        """Drop the records of all steps after `step`, and a torn last line (a resumed run repeats them).
+
+        Raises:
+            DataError: the file holds something else too; it is left as it is.
+        """
         self.close()
-        kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
+        kept = [line for line in _whole_lines(self._path) if _record(line, self._path)["step"] <= step]
         if self._path.exists():
             scratch = self._path.with_name(self._path.name + ".tmp")
             scratch.write_text("".join(kept), encoding="utf-8")
@@ -138,8 +144,8 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, without a torn last line."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    """The records of a metrics file, without a torn last line. Raises DataError for what is no record."""
+    return [_record(line, path) for line in _whole_lines(path)]
 
 
 def format_step(record: Mapping[str, float], *, total: int, eta: float) -> str:
@@ -216,6 +222,21 @@ def _whole_lines(path: Path) -> list[str]:
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n")]
+
+
+def _record(line: str, path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise DataError(
+            f"{path}: a line that is no record of a step",
+            found=repr(line[:80].rstrip()),
+            allowed='a JSON object with a whole "step" on every line',
+            do="remove the line, or move the file away",
+        )
+    return record
 
 
 def _drop_torn_line(path: Path) -> None:

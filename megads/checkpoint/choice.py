@@ -153,7 +153,7 @@ def _newest(
             )
         if on_damage == "error":
             raise _damage_error(path, problem, steps[number + 1 :], damaged=damaged, store=store)
-        passed.append(problem)
+        passed.append(_in_one_line(problem))
     raise DamageError(
         f"{steps[0].parent}: every step is damaged",
         found="\n           ".join(passed),
@@ -167,13 +167,18 @@ def _damage_error(
     intact = next((p for p in older if str(p) not in damaged and damage(p, store=store) is None), None)
     return DamageError(
         f"{path} is damaged",
-        found=problem,
+        found=_in_one_line(problem),
         allowed="an undamaged step",
         do=f"checkpoint.load={intact} loads the newest older one that has its manifest and files, "
         "checkpoint.on_damage=previous does so by itself"
         if intact
         else "no older step is there: restore it from a copy, or start afresh in another run.dir",
     )
+
+
+def _in_one_line(message: str) -> str:
+    """An error's message within another's."""
+    return "; ".join(" ".join(line.split()) for line in message.splitlines())
 
 
 def _number(path: Path) -> int:

@@ -75,7 +75,7 @@ def open_tokenizer(path: str | Path, *, special_tokens: SpecialTokens = "text") 
     Raises:
         DataError: the file is absent, of neither kind or damaged, or the policy does not exist for its kind.
     """
-    file = _tokenizer_file(Path(path))
+    file = tokenizer_file(Path(path))
     if special_tokens not in SPECIAL_TOKENS:
         raise DataError(
             "unknown special token policy", found=special_tokens, allowed=", ".join(SPECIAL_TOKENS)
@@ -104,7 +104,11 @@ class HuggingFaceTokenizer:
         try:
             engine = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception for every kind of damage
-            raise DataError(f"{file}: not a readable tokenizer.json", found=error) from error
+            raise DataError(
+                f"{file}: not a readable tokenizer.json",
+                found=f"{len(content)} bytes ({error})",
+                allowed="a complete tokenizer.json of the library tokenizers",
+            ) from error
         engine.no_padding()
         engine.no_truncation()
         engine.encode_special_tokens = not parse_special_tokens
@@ -150,7 +154,11 @@ class SentencePieceTokenizer:
             engine = sentencepiece.SentencePieceProcessor(model_proto=content)
             vocab_size = engine.vocab_size()
         except (RuntimeError, OSError, TypeError) as error:
-            raise DataError(f"{file}: not a readable SentencePiece model", found=error) from error
+            raise DataError(
+                f"{file}: not a readable SentencePiece model",
+                found=f"{len(content)} bytes ({error})",
+                allowed="a complete .model file, as tools/train_tokenizer.py writes it",
+            ) from error
         self._file = file
         self._engine: sentencepiece.SentencePieceProcessor = engine
         self.fingerprint = blake3(content).hexdigest()
@@ -176,7 +184,7 @@ class SentencePieceTokenizer:
         return str(self._engine.decode([int(i) for i in ids]))
 
 
-def _tokenizer_file(path: Path) -> Path:
+def tokenizer_file(path: Path) -> Path:
     if path.is_dir():
         found = [*sorted(path.glob("*.model")), *path.glob("tokenizer.json")]
         if len(found) != 1:
@@ -190,6 +198,7 @@ def _tokenizer_file(path: Path) -> Path:
     if not path.is_file():
         raise DataError(
             f"{path}: no such tokenizer file",
+            found="nothing there" if not path.exists() else "something that is no file",
             allowed="a SentencePiece .model or a Hugging Face tokenizer.json",
         )
     if path.suffix not in (".model", ".json"):

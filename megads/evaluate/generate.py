@@ -7,13 +7,13 @@ There is no key/value cache: a text of n tokens costs n forwards of at most the 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megads.assemble.source import check_vocabulary
 from megads.assemble.wiring import Model
 from megads.data.sequence import Batch
 from megads.data.tokenizer import open_tokenizer
@@ -42,10 +42,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError("--temperature is negative", found=self.temperature, allowed=">= 0 (0: greedy)")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                "--temperature cannot divide logits", found=self.temperature, allowed=">= 0 (0: greedy)"
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigError("--top-p is no probability", found=self.top_p, allowed="above 0, at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("--seed is out of range", found=self.seed, allowed="0 .. 2**63 - 1")
 
 
 def pick_token(logits: Tensor, sampling: Sampling, *, generator: torch.Generator) -> int:
@@ -127,11 +131,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
+    if options.tokens < 0:
+        raise ConfigError("--tokens is negative", found=options.tokens, allowed="0 or more")
+    if any("\ud800" <= character <= "\udfff" for character in options.prompt):
+        raise ConfigError("--prompt is no text", found=ascii(options.prompt), allowed="valid UTF-8")
     restored = restore(options.checkpoint, options.overrides)
     tokenizer = open_tokenizer(restored.config.data.tokenizer)
-    check_vocabulary(restored.config, tokenizer)
     if tokenizer.fingerprint != restored.tokenizer_fingerprint:
         raise CheckpointError(
             f"{restored.config.data.tokenizer}: not the tokenizer that the model was trained with",

@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", required=True, action="append", metavar="PREFIX", help="held-out corpus")
     parser.add_argument("--json", action="store_true", help="one JSON object a corpus")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     restored = restore(options.checkpoint, options.overrides)
     config, mesh = restored.config, restored.mesh
     tokenizer = open_tokenizer(config.data.tokenizer)

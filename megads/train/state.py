@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import megads
-from megads.config.load import dump
+from megads.config.load import dump, tree
 from megads.config.root import Config
 from megads.data.blend import Segment
 from megads.errors import ConfigError
@@ -41,7 +41,7 @@ def check_ranks_agree(config: Config, fingerprints: Mapping[str, str], *, contro
         ConfigError: on every rank, with the first thing that differs, both values and the rank.
     """
     mine = {
-        **{f"line {n} of the config": line for n, line in enumerate(dump(config).splitlines(), 1)},
+        **{f"{name}.{key}": value for name, keys in tree(config).items() for key, value in keys.items()},
         **{f"fingerprint of {name}": value for name, value in fingerprints.items()},
         "version of megads": megads.__version__,
         "version of torch": str(torch.__version__),
@@ -53,7 +53,7 @@ def check_ranks_agree(config: Config, fingerprints: Mapping[str, str], *, contro
             if first.get(key) != other.get(key):
                 raise ConfigError(
                     f"rank {rank} differs from rank 0: {key}",
-                    found=f"{str(other.get(key)).strip()} on rank {rank}",
-                    allowed=f"{str(first.get(key)).strip()}, as on rank 0",
+                    found=f"{other.get(key)} on rank {rank}",
+                    allowed=f"{first.get(key)}, as on rank 0",
                     do="give every host the same config, files and environment",
                 )

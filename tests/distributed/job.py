@@ -1,4 +1,4 @@
-"""A whole job as its user sees it: a corpus made by the project's own tools, command lines, and what they leave on disk.
+"""A whole job as its user sees it: a corpus made by the project's own tools, command lines, what they leave on disk.
 
     make_home -> tokenizer, corpora, config.yaml      train: real ranks, forked      command: one forked process
     launch: the real launcher, forked; its ranks are fresh processes
@@ -17,6 +17,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,23 +77,9 @@ log:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """A directory with `config.yaml`, `data/tokenizer.model`, `data/train.*` and `data/valid.*`."""
+    """Where every command runs: `config.yaml`, `data/tokenizer.model`, `data/train.*`, `data/valid.*`, and runs."""
 
     path: Path
-
-    @property
-    def config(self) -> str:
-        return str(self.path / "config.yaml")
-
-    def paths(self, run: str) -> list[str]:
-        """Overrides that name the files absolutely, and the directory of the run called `run`."""
-        data = self.path / "data"
-        return [
-            f"run.dir={self.path / run}",
-            f"data.train={data / 'train'}",
-            f"data.valid={data / 'valid'}",
-            f"data.tokenizer={data / 'tokenizer.model'}",
-        ]
 
 
 def make_home(path: Path) -> Home:
@@ -155,10 +142,11 @@ class Layout:
 
 def train(home: Home, run: str, layout: Layout, *overrides: str) -> None:
     """`train` on real connected ranks; fails with the reason of the first rank that failed."""
-    values = [*home.paths(run), *layout.overrides, *overrides]
+    values = [f"run.dir={run}", *layout.overrides, *overrides]
 
     def work(rank: int, size: int) -> None:
-        config = load(home.config, values)
+        os.chdir(home.path)
+        config = load("config.yaml", values)
         rules.check(config, size)
         log.setup(rank)
         Trainer(config, connected(rank, size), torch.device("cpu")).run()
@@ -207,13 +195,12 @@ class Ended:
 
 
 class Process:
-    """A forked process that runs a function with its own output files and environment."""
+    """A forked process that runs a function in a directory of its own, which also gets its output."""
 
-    def __init__(self, path: Path, function: Callable[[], int], environment: Mapping[str, str]) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        self._path = path
+    def __init__(self, inside: Path, function: Callable[[], int], environment: Mapping[str, str]) -> None:
+        self._path = inside
         self._process = multiprocessing.get_context("fork").Process(
-            target=_run, args=(path, function, dict(environment))
+            target=_run, args=(inside, function, dict(environment))
         )
         self._process.start()
 
@@ -234,13 +221,14 @@ class Process:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        said, errors = ((self._path / name).read_text() for name in ("stdout", "stderr"))
+        said, errors = ((self._path / name).read_text() for name in (f"{self.pid}.out", f"{self.pid}.err"))
         return Ended(int(self._process.exitcode or 0), said, errors)
 
 
-def _run(path: Path, function: Callable[[], int], environment: dict[str, str]) -> None:
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(path / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND), descriptor)
+def _run(inside: Path, function: Callable[[], int], environment: dict[str, str]) -> None:
+    os.chdir(inside)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{os.getpid()}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"):
@@ -256,28 +244,21 @@ def _run(path: Path, function: Callable[[], int], environment: dict[str, str]) -
     os._exit(code)
 
 
-def command(path: Path, *argv: str, environment: Mapping[str, str] | None = None) -> Ended:
-    """`python -m megads ...` in a forked process whose output goes to the directory `path`."""
-    return Process(path, lambda: top.main(argv), environment or {}).end()
+def command(inside: Path, *argv: str, environment: Mapping[str, str] | None = None) -> Ended:
+    """`python -m megads ...` as one forked process in the directory `inside`."""
+    return Process(inside, lambda: top.main(argv), environment or {}).end()
 
 
-def commands(path: Path, *each: Sequence[str]) -> list[Ended]:
-    """`python -m megads ...` as connected ranks, each with its own arguments."""
-    port = _free_port()
+def commands(*each: tuple[Path, Sequence[str]]) -> list[Ended]:
+    """`python -m megads ...` as connected ranks, each in a directory and with arguments of its own."""
+    place = {"WORLD_SIZE": str(len(each)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     started = [
         Process(
-            path / str(rank),
-            lambda argv=argv: top.main(argv),  # type: ignore[misc]
-            {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(len(each)),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "GLOO_SOCKET_IFNAME": "lo",
-            },
+            inside,
+            partial(top.main, argv),
+            {**place, "RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
         )
-        for rank, argv in enumerate(each)
+        for rank, (inside, argv) in enumerate(each)
     ]
     return [process.end() for process in started]
 
@@ -287,11 +268,11 @@ def _free_port() -> int:
     return store.port
 
 
-def launch(path: Path, home: Home, run: str, layout: Layout, *overrides: str) -> Process:
+def launch(home: Home, run: str, layout: Layout, *overrides: str) -> Process:
     """`python -m megads launch ... -- train ...`: the real launcher with fresh processes as ranks."""
-    values = [*home.paths(run), *layout.overrides, *overrides]
-    argv = ["launch", "--nproc", str(layout.world_size), "--", "train", home.config, *values]
-    return Process(path, lambda: top.main(argv), {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"})
+    values = [f"run.dir={run}", *layout.overrides, *overrides]
+    argv = ["launch", "--nproc", str(layout.world_size), "--", "train", "config.yaml", *values]
+    return Process(home.path, partial(top.main, argv), {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"})
 
 
 def rank_processes(launcher: int) -> dict[int, int]:

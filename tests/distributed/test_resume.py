@@ -68,14 +68,14 @@ def killed() -> Iterator[list[Process]]:
 
 @pytest.mark.parametrize("victim", [0, 1, 3])
 def test_a_killed_rank_ends_the_job_and_the_run_goes_on_bit_for_bit(
-    home: Home, reference: dict[int, float], tmp_path: Path, killed: list[Process], victim: int
+    home: Home, reference: dict[int, float], killed: list[Process], victim: int
 ) -> None:
     run, draw = f"killed-{victim}", random.Random(victim)
     after, pause = draw.randint(3, 9), draw.uniform(0, 0.05)
     print(f"rank {victim} is killed {pause:.3f} s after step {after}")
     checkpoints, metrics = (home.path / run / name for name in ("checkpoints", "metrics.jsonl"))
 
-    job = launch(tmp_path, home, run, LAYOUT)
+    job = launch(home, run, LAYOUT)
     killed.append(job)
     wait_until(
         lambda: not job.is_alive or len(read_metrics(metrics)) >= after, seconds=200, what="no step was done"
@@ -191,10 +191,12 @@ def test_a_resume_that_forgets_adams_step_count_is_seen(
     ids=str,
 )
 def test_load_and_save_in_another_layout_keeps_every_bit(
-    home: Home, reference: dict[int, float], tmp_path: Path, layout: Layout
+    home: Home, reference: dict[int, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout
 ) -> None:
-    values = [*home.paths("unused"), *layout.overrides, "run.seed=99"]  # no value is right by initialisation
-    config = load_config(home.config, values)
+    monkeypatch.chdir(home.path)
+    config = load_config(
+        "config.yaml", [*layout.overrides, "run.seed=99"]
+    )  # no value is right by initialisation
     saved = step_directory(home, "reference", LAST)
 
     def work(rank: int, size: int) -> None:
@@ -212,7 +214,10 @@ def test_load_and_save_in_another_layout_keeps_every_bit(
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
-def test_changes_of_batch_and_length_add_rows_and_neither_lose_nor_repeat_a_token(home: Home) -> None:
+def test_changes_of_batch_and_length_add_rows_and_neither_lose_nor_repeat_a_token(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home.path)
     stretches = [
         (5, Layout(), ["batch.global=8", "data.sequence_length=16"]),
         (8, Layout(data=2, micro=1), ["batch.global=4", "data.sequence_length=32"]),  # two pages a sample
@@ -231,15 +236,15 @@ def test_changes_of_batch_and_length_add_rows_and_neither_lose_nor_repeat_a_toke
 
     tokens = [record["tokens"] for record in read_metrics(home.path / "changed" / "metrics.jsonl")]
     assert tokens == [128 * step for step in range(1, 15)]
-    constant = read_tokens(home, rows[0], steps=14)
-    found = read_tokens(home, rows[3], steps=14)
+    constant = read_tokens(rows[0], steps=14)
+    found = read_tokens(rows[3], steps=14)
     assert len(found) == len(set(found)) == 14 * 128
     assert set(found) == set(constant)
 
 
-def read_tokens(home: Home, rows: list[dict[str, object]], *, steps: int) -> list[int]:
+def read_tokens(rows: list[dict[str, object]], *, steps: int) -> list[int]:
     """Places in the corpus of all tokens that steps 1 .. `steps` read, by the config and a history."""
-    opened = source.open_source(load_config(home.config, home.paths("unused")))
+    opened = source.open_source(load_config("config.yaml"))
     loader = Loader(
         opened.train,
         run_history.from_objects({"history": rows}),
