@@ -82,6 +82,18 @@ def load(
     return reader
 
 
+def read_box(reader: StepReader, name: str, *, box: Box) -> torch.Tensor:
+    """The values of a box of one logical tensor, by this process alone.
+
+    Raises:
+        DamageError: they are not what was saved.
+    """
+    entry = reader.manifest.tensors[name]
+    tensor = torch.empty(box.shape, dtype=getattr(torch, entry.dtype))
+    _fill(reader, [Piece(name, entry.shape, box, tensor)])
+    return tensor
+
+
 def resume(
     wanted: str,
     directory: str | Path,

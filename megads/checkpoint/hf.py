@@ -1,0 +1,409 @@
+"""Models in Hugging Face's format: names as a table, safetensors files out and in, transformers as the judge.
+
+A family says once which tensor is called what; the parts of a fused tensor come from its own declaration:
+
+    megads                                   Row                 Hugging Face
+    layers.3.attention.qkv.weight [q|k|v, h] -> three names      model.layers.3.self_attn.{q,k,v}_proj.weight
+    layers.3.mlp.up.weight [ffn, hidden]     -> is_transposed    transformer.h.3.mlp.c_fc.weight [hidden, ffn]
+
+`match` makes of it a list of `Entry`: one Hugging Face tensor and the box of the logical tensor that it is. Writing,
+reading back and importing are loops over entries. The tables are filled in `model/`; what else belongs to an export
+(config, tokenizer, comparison, commit) is `assemble/convert.py`'s business. The only file that imports safetensors
+and transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megads.checkpoint.store import Buffer, Store, write_file
+from megads.errors import CheckpointError
+from megads.parallel.shard import Box, Shape, ShardSpec, block_box
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 1 << 28
+FORMAT_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+)
+"""Name of a dtype in a safetensors file -> the dtype; only these hold weights."""
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_SHOWN = 6  # name patterns listed in one message
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What Hugging Face calls one tensor of a family; `*` stands for the layer number in all names.
+
+    Args:
+        name: logical name.
+        parts: Hugging Face names of the fused parts, in order; or one name for the whole tensor.
+        is_transposed: whether Hugging Face stores [in, out].
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family as Hugging Face knows it.
+
+    Attributes:
+        model_type: of config.json.
+        rows: one for each tensor that a model of the family can have.
+        ignored: patterns of Hugging Face tensors that are constants, not weights.
+        prefix: part of the names that older files leave out.
+        to_config: the family's `DecoderSpec` -> what config.json says about it.
+        from_config: config.json -> the config section `model`, without `family`.
+    """
+
+    model_type: str
+    rows: tuple[Row, ...]
+    ignored: tuple[str, ...]
+    prefix: str
+    to_config: Callable[[Any], dict[str, Any]]
+    from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One Hugging Face tensor: a box of a logical tensor, transposed or not.
+
+    Attributes:
+        foreign: Hugging Face name.
+        name: logical name.
+        whole: global shape of the logical tensor.
+    """
+
+    foreign: str
+    name: str
+    whole: Shape
+    box: Box
+    is_transposed: bool
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the Hugging Face tensor."""
+        return self.box.shape[::-1] if self.is_transposed else self.box.shape
+
+    def turn(self, tensor: Tensor) -> Tensor:
+        """From the values of the box to the Hugging Face tensor, or back; a view."""
+        return tensor.t() if self.is_transposed else tensor
+
+
+def match(rows: Sequence[Row], declared: Mapping[str, ShardSpec]) -> tuple[Entry, ...]:
+    """One entry for each Hugging Face tensor of a model, in order of declaration.
+
+    Args:
+        declared: logical name -> declaration, of every parameter of the model; tied copies left out.
+
+    Raises:
+        CheckpointError: a parameter that no row names.
+    """
+    by_name = {row.name: row for row in rows}
+    entries: list[Entry] = []
+    unnamed = [name for name in declared if _pattern(name) not in by_name]
+    if unnamed:
+        raise CheckpointError(
+            "this model has parameters that the family's Hugging Face names leave out", found=grouped(unnamed)
+        )
+    for name, spec in declared.items():
+        row = by_name[_pattern(name)]
+        layer = next((word for word in name.split(".") if word.isdigit()), "")
+        for number, part in enumerate(row.parts):
+            box = block_box(spec, number) if len(row.parts) > 1 else Box.whole(spec.shape)
+            foreign = part.replace("*", layer)
+            entries.append(Entry(foreign, name, spec.shape, box, row.is_transposed))
+    return tuple(entries)
+
+
+def grouped(names: Iterable[str]) -> str:
+    """Names with layer numbers taken together, for a message: `h.*.ln_1.weight (12), wte.weight`."""
+    counts = Counter(map(_pattern, names))
+    shown = [f"{name} ({count})" if count > 1 else name for name, count in counts.most_common(_SHOWN)]
+    return ", ".join(shown) + (f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else "")
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def write_weights(
+    directory: Path,
+    entries: Sequence[Entry],
+    *,
+    read: Callable[[Entry], Tensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    store: Store,
+) -> int:
+    """Write the model's safetensors files, and their index if there are several; returns the bytes of all tensors.
+
+    One tensor is in memory at a time (safetensors' own writer wants a whole file's). A tensor that is larger than
+    `max_shard_bytes` gets a file of its own.
+
+    Args:
+        read: the values of an entry's box.
+        dtype: of the written tensors.
+
+    Raises:
+        OSError: with the path.
+    """
+    shards = _plan(entries, max_shard_bytes, item_size=dtype.itemsize)
+    names = [
+        SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    for name, shard in zip(names, shards, strict=True):
+        values = (entry.turn(read(entry).to(dtype)) for entry in shard)
+        write_file(store, directory / name, blocks=_file_blocks(shard, values, dtype))
+    total = sum(entry.box.size for entry in entries) * dtype.itemsize
+    if len(shards) > 1:
+        places = {entry.foreign: n for n, shard in zip(names, shards, strict=True) for entry in shard}
+        write_json(store, directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": places})
+    return total
+
+
+def write_json(store: Store, path: Path, tree: object) -> None:
+    """Write and sync a JSON file."""
+    write_file(store, path, blocks=[(json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()])
+
+
+def _plan(entries: Sequence[Entry], max_bytes: int, *, item_size: int) -> list[list[Entry]]:
+    """Entries in order, cut into files of at most `max_bytes`."""
+    shards: list[list[Entry]] = [[]]
+    room = max_bytes
+    for entry in entries:
+        size = entry.box.size * item_size
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(entry)
+        room -= size
+    return shards
+
+
+def _file_blocks(entries: Sequence[Entry], values: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Buffer]:
+    """A safetensors file: length of the header (8 bytes, little-endian), header (JSON), the tensors' bytes."""
+    kind = next(name for name, known in FORMAT_DTYPES.items() if known == dtype)
+    ends = list(itertools.accumulate(entry.box.size * dtype.itemsize for entry in entries))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for entry, start, end in zip(entries, [0, *ends], ends, strict=False):
+        header[entry.foreign] = {"dtype": kind, "shape": entry.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in values:
+        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class Weights:
+    """The tensors of a directory's safetensors files, lazily: memory-mapped, so that only what is used is read.
+
+    Attributes:
+        shapes: Hugging Face name -> shape.
+        dtypes: Hugging Face name -> dtype as the file names it, e.g. `F32`.
+
+    Raises:
+        CheckpointError: no safetensors there, a file that is damaged or is not where the index says.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._places: dict[str, Any] = {}
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, str] = {}
+        for file, names in _files(directory).items():
+            self._open(directory / file, names)
+
+    def tensor(self, name: str) -> Tensor:
+        """The values of a tensor."""
+        values: Tensor = self._places[name].get_tensor(name)
+        return values
+
+    def _open(self, file: Path, names: frozenset[str] | None) -> None:
+        import safetensors
+
+        try:
+            opened = safetensors.safe_open(file, framework="pt")  # checks header, offsets and sizes
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file", found=error) from error
+        found = frozenset(opened.keys())
+        if names is not None and names != found:
+            raise CheckpointError(
+                f"{file}: its tensors are not those that {INDEX_NAME} says", found=grouped(sorted(names ^ found))
+            )
+        for name in found:
+            part = opened.get_slice(name)
+            self._places[name] = opened
+            self.shapes[name] = tuple(part.get_shape())
+            self.dtypes[name] = part.get_dtype()
+
+
+def _files(directory: Path) -> dict[str, frozenset[str] | None]:
+    """Safetensors files of a model -> the tensors that the index puts there; None: whatever is in it."""
+    index = directory / INDEX_NAME
+    if not index.exists():
+        if not (directory / SINGLE_NAME).is_file():
+            pickles = sorted(path.name for path in directory.glob("*.bin")) if directory.is_dir() else []
+            raise CheckpointError(
+                f"{directory}: no weights in safetensors format",
+                found=", ".join(pickles) or "neither file",
+                allowed=f"{SINGLE_NAME}, or {INDEX_NAME} with its files (pickles can run code and are not read)",
+            )
+        return {SINGLE_NAME: None}
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index}: no weight_map", allowed="tensor name -> file name")
+    files: dict[str, set[str]] = {}
+    for name, file in places.items():
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+            raise CheckpointError(
+                f"{index}: not the name of a file in this directory",
+                found=repr(file)[:200],
+                allowed="a plain name that ends with .safetensors",
+            )
+        files.setdefault(file, set()).add(name)
+    return {file: frozenset(names) for file, names in files.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        CheckpointError: not there, too large, or no JSON object.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_INDEX_BYTES + 1)
+        if len(data) > MAX_INDEX_BYTES:
+            raise ValueError(f"more than {MAX_INDEX_BYTES} bytes")
+        tree = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file", found=error) from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: not a JSON object", found=type(tree).__name__)
+    return tree
+
+
+def require(config: Mapping[str, Any], key: str, allowed: tuple[object, ...], *, default: object) -> None:
+    """Refuse a config.json whose `key` asks for something that megads' family does not do.
+
+    Raises:
+        CheckpointError: naming the key, its value and those that are allowed.
+    """
+    found = config.get(key, default)
+    if found not in allowed:
+        raise CheckpointError(
+            f"config.json: {key} is not what this family of megads computes",
+            found=found,
+            allowed=" or ".join(map(str, allowed)),
+        )
+
+
+def check_names(entries: Sequence[Entry], weights: Weights, *, ignored: Sequence[str] = ()) -> None:
+    """Refuse weights that are not exactly those of `entries`, each in its shape; `ignored` names patterns.
+
+    Raises:
+        CheckpointError: missing, unexpected and misshapen tensors, grouped.
+    """
+    wanted = {entry.foreign: entry for entry in entries}
+    missing = [name for name in wanted if name not in weights.shapes]
+    extra = [name for name in weights.shapes if name not in wanted and _pattern(name) not in ignored]
+    changed = [
+        f"{name} {weights.shapes[name]} for {entry.shape}"
+        for name, entry in wanted.items()
+        if weights.shapes.get(name, entry.shape) != entry.shape
+    ]
+    kinds = [
+        name for name in wanted if name in weights.dtypes and weights.dtypes[name] not in FORMAT_DTYPES
+    ]
+    groups = (("missing", missing), ("unexpected", extra), ("misshapen", changed), ("no weights", kinds))
+    lines = [f"{len(names)} {title}: {grouped(names)}" for title, names in groups if names]
+    if lines:
+        raise CheckpointError(
+            "the Hugging Face tensors are not those of this model",
+            found="\n           ".join(lines),
+            allowed=f"{len(wanted)} tensors",
+        )
+
+
+def check_values(entries: Sequence[Entry], weights: Weights, *, expected: Callable[[Entry], Tensor]) -> None:
+    """Refuse weights that differ in one bit.
+
+    Args:
+        expected: the values of an entry's box.
+
+    Raises:
+        CheckpointError: naming the first tensor that differs.
+    """
+    for entry in entries:
+        wanted, found = entry.turn(expected(entry)), weights.tensor(entry.foreign)
+        if wanted.dtype != found.dtype or not torch.equal(_bytes(wanted), _bytes(found)):
+            raise CheckpointError(f"{entry.foreign}: its bytes on the disk are not those of {entry.name}")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def has_transformers() -> bool:
+    """Whether transformers is installed."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+@torch.no_grad()
+def transformers_logits(directory: Path, tokens: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Logits [batch, seq, vocab] of the model in `directory`, computed by transformers alone.
+
+    Args:
+        tokens: [batch, seq] int64.
+        dtype: of the arithmetic.
+
+    Raises:
+        CheckpointError: transformers misses weights, does not know some, or cannot load the model.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: transformers cannot load the model", found=error) from error
+    wrong = {kind: names for kind, names in report.items() if names}
+    if wrong:
+        raise CheckpointError(f"{directory}: transformers loads the model with a remark", found=wrong)
+    logits: Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def transformers_ids(directory: Path, text: str) -> list[int]:
+    """Token ids of a text by the tokenizer in `directory`, nothing put before or after.
+
+    Raises:
+        CheckpointError: transformers cannot load the tokenizer.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: transformers cannot load the tokenizer", found=error) from error
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
