@@ -11,15 +11,21 @@ from megads.parallel.collectives import all_reduce_
 from megads.parallel.mesh import Group
 
 
-def global_norm(gradients: Iterable[Tensor], *, group: Group, device: torch.device) -> Tensor:
+def global_norm(
+    counted: Iterable[Tensor], copies: Iterable[Tensor], *, group: Group, device: torch.device
+) -> Tensor:
     """Euclidean norm over all elements on all ranks of `group`, in float64.
 
     Args:
-        gradients: what this rank contributes; every element of the model must be contributed by one rank alone.
+        counted: what this rank contributes; every element of the model must be contributed by one rank alone.
+        copies: gradients that another rank contributes. They do not count, but one that is not finite makes the norm
+            so: a rank must not update its copy with it.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for gradient in gradients:
+    for gradient in counted:
         total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    for gradient in copies:
+        total += 0.0 * torch.linalg.vector_norm(gradient, dtype=torch.float64)
     return all_reduce_(total, group).sqrt()
 
 

@@ -122,7 +122,8 @@ class NativeEngine:
             reducer.finish()
         held = [self._held(bucket, bucket.gradients) for bucket in self._all]
         scaled_norm = global_norm(
-            (g for g, b in zip(held, self._all, strict=True) if b.traits.is_primary),
+            [g for g, b in zip(held, self._all, strict=True) if b.traits.is_primary],
+            [g for g, b in zip(held, self._all, strict=True) if not b.traits.is_primary],
             group=self._mesh.group("world" if self._sharded else "model"),
             device=self._mesh.device,
         )
