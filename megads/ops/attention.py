@@ -1,10 +1,11 @@
 """Causal attention as an op with its own backward: `attention(q, k, v) -> (out, lse)`.
 
 The log-sum-exp of the scores is part of the result, so that blocks of keys can be merged later (ring
-attention), and the backward is computed from (q, k, v, out, lse) alone. Two implementations:
+attention), and the backward is computed from (q, k, v, out, lse) alone. Implementations, in order of preference:
 
-    flash_cpu   aten's CPU flash kernel, document by document; no [seq, seq] memory; fp32 and fp64
-    plain       explicit softmax; defines the op; the only one with dropout
+    cudnn, flash_varlen, flash, efficient   on NVIDIA GPUs: `attention_cuda.py`
+    flash_cpu   aten's CPU flash kernel, document by document; no [seq, seq] memory
+    plain       explicit softmax in fp32 or fp64; defines the op; the only one with dropout
 
 Documents: with ids given, a query sees a key iff both carry the same id and the key is not later.
 
@@ -18,39 +19,24 @@ Floor: 4 b h s^2 d flops forward (half if causal), 10 backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megads.ops import attention_cuda
+from megads.ops.attention_call import Call, Documents, collapse, expand
+from megads.ops.attention_call import Dropout as Dropout
 from megads.ops.registry import Implementation, Op
 
 
 @dataclass(frozen=True, slots=True)
-class Dropout:
-    """Dropout of attention weights: `keep()` gives the [batch, heads, seq, seq] bool mask, the same at each call."""
-
-    probability: float
-    keep: Callable[[], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
 class AttentionResult:
-    """Output [batch, heads, seq, dim] and log-sum-exp of the scaled scores [batch, heads, seq]."""
+    """Output [batch, heads, seq, dim] and log-sum-exp of the scaled scores [batch, heads, seq], fp32 or fp64."""
 
     out: Tensor
     lse: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What both passes of one attention call share."""
-
-    scale: float
-    documents: Tensor | None  # [batch, seq]
-    dropout: Dropout | None
 
 
 def attention(
@@ -59,7 +45,7 @@ def attention(
     v: Tensor,
     *,
     scale: float,
-    documents: Tensor | None = None,
+    documents: Documents | Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> AttentionResult:
     """Causal softmax(q k^T scale) v, each query head with the key/value head of its group.
@@ -68,19 +54,22 @@ def attention(
         q: [batch, heads, seq, dim].
         k, v: [batch, kv_heads, seq, dim]; heads is a multiple of kv_heads, consecutive heads share one.
         scale: of the scores, usually dim ** -0.5.
-        documents: [batch, seq] ids, constant within a document; None: one document a row.
+        documents: [batch, seq] ids, constant within a document; None: one document a row. Where they begin is read
+            on the host: calls with the same ids share that by passing one `Documents`.
         dropout: of the attention weights after softmax; the lse is that of the scores without it.
 
     Returns:
         `out` is differentiable; `lse` is not.
     """
-    out, lse = _Attention.apply(q, k, v, _Call(scale, documents, dropout))  # type: ignore[no-untyped-call]
+    if isinstance(documents, Tensor):
+        documents = Documents(documents)
+    out, lse = _Attention.apply(q, k, v, Call(scale, documents, dropout))  # type: ignore[no-untyped-call]
     return AttentionResult(out, lse)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         out, lse = ATTENTION_FORWARD(q, k, v, call)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
@@ -94,97 +83,73 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-def _expand(x: Tensor, heads: int) -> Tensor:
-    """Repeat key/value heads so that there is one for each query head."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype of the arithmetic."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
-def _collapse(gradient: Tensor, kv_heads: int) -> Tensor:
-    """Sum over the query heads that share a key/value head: the transpose of `_expand`."""
-    if gradient.shape[1] == kv_heads:
-        return gradient
-    batch, heads, seq, dim = gradient.shape
-    return gradient.view(batch, kv_heads, heads // kv_heads, seq, dim).sum(2)
-
-
-def _visible(q: Tensor, call: _Call) -> Tensor:
+def _visible(q: Tensor, call: Call) -> Tensor:
     seq = q.shape[2]
     mask = torch.ones(seq, seq, dtype=torch.bool, device=q.device).tril()
     if call.documents is None:
         return mask
-    return mask & (call.documents[:, None, :, None] == call.documents[:, None, None, :])
+    ids = call.documents.ids
+    return mask & (ids[:, None, :, None] == ids[:, None, None, :])
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     heads = q.shape[1]
-    scores = (q @ _expand(k, heads).mT) * call.scale  # [batch, heads, seq, seq]
+    scores = (_wide(q) @ _wide(expand(k, heads)).mT) * call.scale  # [batch, heads, seq, seq]
     scores.masked_fill_(~_visible(q, call), float("-inf"))
     lse = scores.logsumexp(dim=-1)
     weights = (scores - lse[..., None]).exp()
     if call.dropout is not None:
         weights = weights * call.dropout.keep() / (1.0 - call.dropout.probability)
-    return weights @ _expand(v, heads), lse
+    return (weights @ _wide(expand(v, heads))).to(q.dtype), lse
 
 
 def _plain_backward(
-    q: Tensor, k: Tensor, v: Tensor, call: _Call, out: Tensor, lse: Tensor, dout: Tensor
+    q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor, lse: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, kv_heads = q.shape[1], k.shape[1]
-    keys, values = _expand(k, heads), _expand(v, heads)
-    weights = ((q @ keys.mT) * call.scale - lse[..., None]).exp()
+    queries, keys, values = _wide(q), _wide(expand(k, heads)), _wide(expand(v, heads))
+    flow = _wide(dout)
+    weights = ((queries @ keys.mT) * call.scale - lse[..., None]).exp()
     weights.masked_fill_(~_visible(q, call), 0.0)
-    dropped, dweights = weights, dout @ values.mT
+    dropped, dweights = weights, flow @ values.mT
     if call.dropout is not None:
         kept = call.dropout.keep() / (1.0 - call.dropout.probability)
         dropped, dweights = weights * kept, dweights * kept
-    dscores = weights * (dweights - (dout * out).sum(-1, keepdim=True)) * call.scale
-    return (
-        dscores @ keys,
-        _collapse(dscores.mT @ q, kv_heads),
-        _collapse(dropped.mT @ dout, kv_heads),
-    )
+    dscores = weights * (dweights - (flow * _wide(out)).sum(-1, keepdim=True)) * call.scale
+    dq, dk, dv = dscores @ keys, dscores.mT @ queries, dropped.mT @ flow
+    return dq.to(q.dtype), collapse(dk, kv_heads).to(k.dtype), collapse(dv, kv_heads).to(v.dtype)
 
 
-def _documents(call: _Call, batch: int, seq: int) -> Iterator[tuple[slice, slice]]:
-    """(rows, positions) of blocks that are plainly causal: all rows at once, or each document of each row."""
-    if call.documents is None:
-        yield slice(0, batch), slice(0, seq)
-        return
-    for row in range(batch):
-        ids = call.documents[row]
-        ends = [*(torch.nonzero(ids[1:] != ids[:-1]).flatten() + 1).tolist(), seq]
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            yield slice(row, row + 1), slice(start, end)
-
-
-def _flash_cpu_forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=q.dtype)
-    for rows, span in _documents(call, q.shape[0], q.shape[2]):
-        at = (rows, slice(None), span)
-        part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[at], k[at], v[at], 0.0, True, scale=call.scale
+def _flash_cpu_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    batch, _, seq, _ = q.shape
+    out, lse = torch.empty_like(q), _wide(q.new_empty(q.shape[:3]))
+    for block in call.blocks(batch, seq):
+        out[block], lse[block] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[block], k[block], v[block], 0.0, True, scale=call.scale
         )
-        out[at], lse[at] = part[0], part[1]
     return out, lse
 
 
 def _flash_cpu_backward(
-    q: Tensor, k: Tensor, v: Tensor, call: _Call, out: Tensor, lse: Tensor, dout: Tensor
+    q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor, lse: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for rows, span in _documents(call, q.shape[0], q.shape[2]):
-        at = (rows, slice(None), span)
-        dq[at], dk[at], dv[at] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout[at], q[at], k[at], v[at], out[at], lse[at], 0.0, True, scale=call.scale
+    for block in call.blocks(q.shape[0], q.shape[2]):
+        dq[block], dk[block], dv[block] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout[block], q[block], k[block], v[block], out[block], lse[block], 0.0, True, scale=call.scale
         )
     return dq, dk, dv
 
 
-def _flash_cpu_accepts(q: Tensor, k: Tensor, v: Tensor, call: _Call, *_: Tensor) -> bool:
+def _flash_cpu_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call, *_: Tensor) -> bool:
     return (
         q.device.type == "cpu"
-        and q.dtype in (torch.float32, torch.float64)
+        and q.dtype in (torch.bfloat16, torch.float32, torch.float64)
         and q.shape[-1] == v.shape[-1]
         and call.dropout is None
     )
@@ -197,6 +162,7 @@ def _always(*_: object) -> bool:
 ATTENTION_FORWARD = Op(
     "attention",
     (
+        *attention_cuda.FORWARD,
         Implementation("flash_cpu", _flash_cpu_forward, _flash_cpu_accepts),
         Implementation("plain", _plain_forward, _always),
     ),
@@ -204,6 +170,7 @@ ATTENTION_FORWARD = Op(
 ATTENTION_BACKWARD = Op(
     "attention",
     (
+        *attention_cuda.BACKWARD,
         Implementation("flash_cpu", _flash_cpu_backward, _flash_cpu_accepts),
         Implementation("plain", _plain_backward, _always),
     ),

@@ -44,7 +44,9 @@ def has_csrc() -> bool:
 def load(path: Path) -> bool:
     """Load a library of megads' operators, once; whether they can be called."""
     if not path.is_file():
-        _log.info("megads' CUDA kernels were not built (python setup.py build_ext --inplace); torch's own run")
+        _log.info(
+            "megads' CUDA kernels were not built (python setup.py build_ext --inplace); torch's own run"
+        )
         return False
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
@@ -52,7 +54,9 @@ def load(path: Path) -> bool:
             getattr(torch.ops.megads, name)
             torch.library.register_fake(f"megads::{name}", fake)
     except (OSError, RuntimeError, AttributeError) as error:  # another torch, another platform, an old build
-        _log.warning("megads' CUDA kernels are built but cannot be used; torch's own run: %s: %s", path, error)
+        _log.warning(
+            "megads' CUDA kernels are built but cannot be used; torch's own run: %s: %s", path, error
+        )
         return False
     _log.info("megads' CUDA kernels: %s", path)
     return True

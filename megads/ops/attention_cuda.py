@@ -1,0 +1,239 @@
+"""Attention on NVIDIA GPUs: torch's kernels, called as aten ops so that the choice is ours and is told.
+
+    cudnn         dense, bf16 and fp16, Hopper and later: about twice flash; its backward is not deterministic
+    flash_varlen  packed documents, bf16 and fp16
+    flash         dense, bf16 and fp16: where cudnn is not, or torch.use_deterministic_algorithms is on
+    efficient     dense, fp32 (without TF32), head sizes that flash refuses; documents one by one
+
+Each is a pair forward(q, k, v, call) -> (out, lse) and backward(q, k, v, call, out, lse, dout) -> (dq, dk, dv), all
+[batch, heads, seq, dim] of any strides with the last dim contiguous, lse [batch, heads, seq] fp32. Fewer key/value
+heads than query heads need no copy, but in `efficient`. cudnn also takes q, k of 192 with v of 128.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megads.ops.attention_call import Call, Documents, collapse, expand
+from megads.ops.registry import Implementation
+
+HALF = (torch.bfloat16, torch.float16)
+MIN_CUDNN = 91500  # before 9.15 torch itself prefers flash
+LSE_MULTIPLE = 32  # efficient's backward wants the lse padded to it
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def _cudnn_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call, *_: Tensor) -> bool:
+    """Whether cuDNN runs this call and is allowed to."""
+    dims = (q.shape[-1], v.shape[-1])
+    return (
+        _is_dense(q, call, dtypes=HALF)
+        and (dims == (192, 128) or (max(dims) <= 128 and not any(dim % 8 for dim in dims)))
+        and q.shape[2] > 1
+        and torch.cuda.get_device_capability(q.device)[0] >= 9
+        and (torch.backends.cudnn.version() or 0) >= MIN_CUDNN  # type: ignore[no-untyped-call]
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Dense causal attention by cuDNN."""
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True, False, scale=call.scale
+    )[:2]
+    return out, lse.view(q.shape[:3])
+
+
+def _cudnn_backward(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor, lse: Tensor, dout: Tensor
+) -> Gradients:
+    """Its gradients."""
+    zero = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of no dropout
+    seq, keys = q.shape[2], k.shape[2]
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *(_like(dout, out), q, k, v, out, lse.contiguous().unsqueeze(-1), zero, zero, None, None, None),
+        *(seq, keys, 0.0, True),
+        scale=call.scale,
+    )
+    return dq, dk, dv
+
+
+def _flash_varlen_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call, *_: Tensor) -> bool:
+    """Whether this is a call with packed documents that flash runs."""
+    return (
+        q.is_cuda
+        and q.dtype in HALF
+        and call.dropout is None
+        and not call.is_plain_causal
+        and _fits_flash(q, v)
+    )
+
+
+def _flash_varlen_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Causal attention inside each document by flash attention over sequences of unequal length."""
+    documents = _packed(call)
+    bounds, longest = documents.device_bounds, documents.longest
+    out, lse = torch.ops.aten._flash_attention_forward(
+        *(_tokens(q), _tokens(k), _tokens(v), bounds, bounds, longest, longest, 0.0, True, False),
+        scale=call.scale,
+    )[:2]
+    batch, heads, seq, _ = q.shape
+    return _rows(out, batch), lse.view(heads, batch, seq).transpose(0, 1).contiguous()
+
+
+def _flash_varlen_backward(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor, lse: Tensor, dout: Tensor
+) -> Gradients:
+    """Its gradients."""
+    documents = _packed(call)
+    bounds, longest = documents.device_bounds, documents.longest
+    gradients = torch.ops.aten._flash_attention_backward(
+        *(_tokens(dout), _tokens(q), _tokens(k), _tokens(v), _tokens(out)),
+        *(lse.transpose(0, 1).flatten(1).contiguous(), bounds, bounds, longest, longest, 0.0, True),
+        *_no_random(q),
+        scale=call.scale,
+    )
+    dq, dk, dv = (_rows(gradient, q.shape[0]) for gradient in gradients)
+    return dq, dk, dv
+
+
+def _flash_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call, *_: Tensor) -> bool:
+    """Whether flash attention runs this call."""
+    return _is_dense(q, call, dtypes=HALF) and _fits_flash(q, v)
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Dense causal attention by flash attention."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, True, False, scale=call.scale
+    )[:2]
+    return out, lse
+
+
+def _flash_backward(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor, lse: Tensor, dout: Tensor
+) -> Gradients:
+    """Its gradients."""
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        *(_like(dout, out), q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, True),
+        *_no_random(q),
+        scale=call.scale,
+    )
+    return dq, dk, dv
+
+
+def _efficient_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call, *_: Tensor) -> bool:
+    """Whether memory-efficient attention runs this call."""
+    multiple = 4 if q.dtype == torch.float32 else 8
+    fits = q.shape[-1] % multiple == 0 and v.shape[-1] % multiple == 0
+    return q.is_cuda and q.dtype in (torch.float32, *HALF) and call.dropout is None and fits
+
+
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Causal attention by the memory-efficient kernel."""
+    batch, heads, seq, _ = q.shape
+    keys, values = expand(k, heads), expand(v, heads)
+    if call.is_plain_causal:
+        return _efficient_block_forward(q, keys, values, call.scale)
+    out = q.new_empty(batch, seq, heads, v.shape[-1]).transpose(1, 2)
+    lse = q.new_empty(batch, heads, seq, dtype=torch.float32)
+    for block in call.blocks(batch, seq):
+        out[block], lse[block] = _efficient_block_forward(q[block], keys[block], values[block], call.scale)
+    return out, lse
+
+
+def _efficient_backward(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor, lse: Tensor, dout: Tensor
+) -> Gradients:
+    """Its gradients."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    keys, values = expand(k, heads), expand(v, heads)
+    if call.is_plain_causal:
+        dq, dk, dv = _efficient_block_backward(q, keys, values, call.scale, out, lse, dout)
+    else:
+        dq, dk, dv = (torch.empty_like(x) for x in (q, keys, values))
+        for block in call.blocks(q.shape[0], q.shape[2]):
+            dq[block], dk[block], dv[block] = _efficient_block_backward(
+                q[block], keys[block], values[block], call.scale, out[block], lse[block], dout[block]
+            )
+    return dq, collapse(dk, kv_heads), collapse(dv, kv_heads)
+
+
+def _efficient_block_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, True, scale=scale
+    )[:2]
+    return out, lse.narrow(-1, 0, q.shape[2])  # padded to LSE_MULTIPLE
+
+
+def _efficient_block_backward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor, dout: Tensor
+) -> Gradients:
+    """`out` and `dout` must lie in memory as [batch, seq, heads, dim], or dq and dk are wrong in silence."""
+    zero = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of no dropout
+    padded = F.pad(lse, (0, -q.shape[2] % LSE_MULTIPLE), value=float("inf"))
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        *(_seq_first(dout), q, k, v, None, _seq_first(out), padded.contiguous()),
+        *(zero, zero, 0.0, [True, True, True, False], True),
+        scale=scale,
+    )[:3]
+    return dq, dk, dv
+
+
+def _is_dense(q: Tensor, call: Call, *, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return q.is_cuda and q.dtype in dtypes and call.dropout is None and call.is_plain_causal
+
+
+def _fits_flash(q: Tensor, v: Tensor) -> bool:
+    return q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _packed(call: Call) -> Documents:
+    if call.documents is None:
+        raise ValueError("flash_varlen needs documents")
+    return call.documents
+
+
+def _no_random(q: Tensor) -> tuple[Tensor, Tensor]:
+    """State of the random numbers of no dropout, as flash wants it."""
+    return (
+        torch.zeros(2, dtype=torch.uint64, device=q.device),
+        torch.zeros((), dtype=torch.uint64, device=q.device),
+    )
+
+
+def _like(x: Tensor, model: Tensor) -> Tensor:
+    """`x` in the memory order of `model`."""
+    return x if x.stride() == model.stride() else torch.empty_like(model).copy_(x)
+
+
+def _seq_first(x: Tensor) -> Tensor:
+    """[batch, heads, seq, dim] in memory as [batch, seq, heads, dim]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[batch, heads, seq, dim] -> [batch x seq, heads, dim]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _rows(x: Tensor, batch: int) -> Tensor:
+    """[batch x seq, heads, dim] -> [batch, heads, seq, dim]."""
+    return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
+
+
+FORWARD = (
+    Implementation("cudnn", _cudnn_forward, _cudnn_accepts),
+    Implementation("flash_varlen", _flash_varlen_forward, _flash_varlen_accepts),
+    Implementation("flash", _flash_forward, _flash_accepts),
+    Implementation("efficient", _efficient_forward, _efficient_accepts),
+)
+BACKWARD = (
+    Implementation("cudnn", _cudnn_backward, _cudnn_accepts),
+    Implementation("flash_varlen", _flash_varlen_backward, _flash_varlen_accepts),
+    Implementation("flash", _flash_backward, _flash_accepts),
+    Implementation("efficient", _efficient_backward, _efficient_accepts),
+)
