@@ -245,7 +245,8 @@ class Weights:
         found = frozenset(opened.keys())
         if names is not None and names != found:
             raise CheckpointError(
-                f"{file}: its tensors are not those that {INDEX_NAME} says", found=grouped(sorted(names ^ found))
+                f"{file}: its tensors are not those that {INDEX_NAME} says",
+                found=grouped(sorted(names ^ found)),
             )
         for name in found:
             part = opened.get_slice(name)
@@ -329,9 +330,7 @@ def check_names(entries: Sequence[Entry], weights: Weights, *, ignored: Sequence
         for name, entry in wanted.items()
         if weights.shapes.get(name, entry.shape) != entry.shape
     ]
-    kinds = [
-        name for name in wanted if name in weights.dtypes and weights.dtypes[name] not in FORMAT_DTYPES
-    ]
+    kinds = [name for name in wanted if name in weights.dtypes and weights.dtypes[name] not in FORMAT_DTYPES]
     groups = (("missing", missing), ("unexpected", extra), ("misshapen", changed), ("no weights", kinds))
     lines = [f"{len(names)} {title}: {grouped(names)}" for title, names in groups if names]
     if lines:

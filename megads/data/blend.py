@@ -227,6 +227,16 @@ def segment_at(history: Sequence[Segment], step: int) -> Segment:
     raise DataError("the history has no segment for this step", found=step, allowed="a step from 1")
 
 
+def tokens_by(history: Sequence[Segment], step: int) -> int:
+    """Tokens that steps 1 .. `step` read."""
+    total = 0
+    for number, segment in enumerate(history):
+        following = history[number + 1].first_step if number + 1 < len(history) else step + 1
+        num_steps = min(following, step + 1) - segment.first_step
+        total += max(0, num_steps) * segment.batch_size * segment.sequence_length
+    return total
+
+
 def extend_history(history: Sequence[Segment], wanted: Segment) -> tuple[Segment, ...]:
     """The history of a run that goes on as `wanted` from step `wanted.first_step`.
 

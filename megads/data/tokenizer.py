@@ -51,6 +51,10 @@ class Tokenizer(Protocol):
         """The id that ends a document. Raises DataError where the tokenizer has none."""
 
     @property
+    def eod_text(self) -> str:
+        """How the vocabulary writes that token, e.g. `</s>`. Raises DataError where there is none."""
+
+    @property
     def fingerprint(self) -> str:
         """BLAKE3 of the tokenizer file, 64 hex digits."""
 
@@ -133,6 +137,10 @@ class HuggingFaceTokenizer:
             )
         return self._eod
 
+    @property
+    def eod_text(self) -> str:
+        return str(self._engine.id_to_token(self.eod))
+
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return _flatten([encoding.ids for encoding in encodings])
@@ -176,6 +184,10 @@ class SentencePieceTokenizer:
                 do="train the model with eos_id >= 0 (tools/train_tokenizer.py does)",
             )
         return eod
+
+    @property
+    def eod_text(self) -> str:
+        return str(self._engine.id_to_piece(self.eod))
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         return _flatten(self._engine.encode(list(texts), out_type=int, num_threads=1))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megads.data.blend import Segment, segment_at
+from megads.data.blend import tokens_by as tokens_by  # of the same family as tokens_of
 from megads.errors import CheckpointError
 
 
@@ -40,16 +41,6 @@ def write(path: Path, history: Sequence[Segment]) -> None:
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(to_json(history), indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, path)
-
-
-def tokens_by(history: Sequence[Segment], step: int) -> int:
-    """Tokens that steps 1 .. `step` read."""
-    total = 0
-    for number, segment in enumerate(history):
-        following = history[number + 1].first_step if number + 1 < len(history) else step + 1
-        num_steps = min(following, step + 1) - segment.first_step
-        total += max(0, num_steps) * segment.batch_size * segment.sequence_length
-    return total
 
 
 def tokens_of(history: Sequence[Segment], step: int) -> int:

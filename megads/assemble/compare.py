@@ -1,0 +1,156 @@
+"""Whether a Hugging Face directory computes what megads computes: logits of both on the same tokens.
+
+Lives here: megads' own forward, one block in memory at a time, and the verdict. Does not live here: writing either
+format (checkpoint/hf.py, checkpoint/save.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megads.checkpoint import hf
+from megads.data.sequence import Batch
+from megads.errors import CheckpointError
+from megads.model.decoder import DecoderSpec, HeadBlock, make_blocks
+from megads.parallel.layout import Layout
+from megads.parallel.mesh import build_mesh
+from megads.parallel.parameter import Scope, parameter_table, stored_name
+from megads.parallel.shard import ShardSpec
+
+TOLERANCE = 1e-5
+"""Largest difference of two logits, as a share of the largest logit where that is above 1."""
+NOT_COMPARED = "transformers is not installed: every bit was read back, but no logits were compared"
+MAX_TOKENS = 128  # of one row
+SAMPLE = """The harbour was quiet when the 3 boats came in; nobody had slept since Tuesday, and it rained.
+def area(width: float, height: float) -> float:
+    if width < 0:
+        raise ValueError(f"width is {width}")
+    return width * height  # 2.5 x 4 = 10
+Gr\u00f6\u00dfe, \u4f60\u597d\uff0c\u4e16\u754c! (a, b) = [1, 2]
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far the logits of transformers are from those of megads.
+
+    Attributes:
+        difference: largest absolute difference.
+        largest: largest absolute logit of megads.
+        shape: [batch, seq, vocab] of what was compared.
+    """
+
+    difference: float
+    largest: float
+    shape: tuple[int, ...]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the difference is rounding; False if it is NaN."""
+        return self.difference <= TOLERANCE * max(1.0, self.largest)
+
+    def __str__(self) -> str:
+        rows, seq, vocab = self.shape
+        return (
+            f"largest difference {self.difference:.2e} of {rows * seq * vocab:,} logits "
+            f"(largest {self.largest:.3g}, allowed {TOLERANCE * max(1.0, self.largest):.1e})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        num_tensors, num_bytes: how many tensors of Hugging Face, and their bytes in the result.
+        comparison: of logits; None: transformers is not installed.
+        notes: what the user should know.
+    """
+
+    num_tensors: int
+    num_bytes: int
+    comparison: Comparison | None
+    notes: tuple[str, ...]
+
+
+def sample_tokens(ids: Sequence[int], spec: DecoderSpec) -> Tensor:
+    """Tokens [2, seq] to compare on: real text, and ids from all over the vocabulary."""
+    seq = min(spec.max_positions, MAX_TOKENS)
+    text = (list(ids) * -(-seq // len(ids)))[:seq]
+    spread = torch.linspace(0, spec.vocab - 1, seq).round().long().tolist()
+    return torch.tensor([text, spread])
+
+
+def declared(spec: DecoderSpec) -> dict[str, ShardSpec]:
+    """Logical name -> declaration of every stored parameter, without memory for any."""
+    mesh = build_mesh(Layout(), 0, device=torch.device("meta"))
+    blocks = make_blocks(Scope(mesh, torch.float32, 0), spec, stages={0: range(spec.num_blocks)})[0]
+    return {stored_name(parameter): parameter.spec for parameter in parameter_table([blocks])}
+
+
+@torch.no_grad()
+def reference_logits(
+    spec: DecoderSpec, tokens: Tensor, *, read: Callable[[str], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Logits [batch, seq, vocab] by megads' own forward.
+
+    Args:
+        tokens: [batch, seq] int64.
+        read: logical name -> the whole tensor.
+        dtype: of the arithmetic.
+    """
+    mesh = build_mesh(Layout(), 0)
+    batch = Batch(
+        tokens=tokens,
+        labels=tokens,
+        mask=torch.zeros_like(tokens, dtype=torch.bool),
+        positions=torch.arange(tokens.shape[1]).expand_as(tokens),
+        document_ids=None,
+        samples=torch.arange(tokens.shape[0]),
+        step=1,
+    )
+    payload: tuple[Tensor, ...] = ()
+    for number in range(spec.num_blocks):
+        blocks = make_blocks(Scope(mesh, dtype, 0), spec, stages={0: range(number, number + 1)})[0].eval()
+        for parameter in parameter_table([blocks]):
+            parameter.copy_(read(stored_name(parameter)))
+        (block,) = blocks
+        if isinstance(block, HeadBlock):
+            break
+        payload = block(payload, batch).payload
+    return block.logits(payload)
+
+
+def compare(
+    directory: Path,
+    spec: DecoderSpec,
+    *,
+    tokens: Tensor,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+) -> Comparison:
+    """Compare the model in `directory`, run by transformers, with megads' own.
+
+    Args:
+        tokens, read, dtype: as in `reference_logits`.
+
+    Raises:
+        CheckpointError: they differ by more than rounding, or transformers cannot load the model.
+    """
+    ours = reference_logits(spec, tokens, read=read, dtype=dtype)
+    theirs = hf.transformers_logits(directory, tokens, dtype=dtype)
+    difference = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
+    found = Comparison(difference, float(ours.abs().max()), tuple(ours.shape))
+    if not found.is_equal:
+        raise CheckpointError(
+            f"{directory}: transformers computes other logits than megads",
+            found=found,
+            allowed="rounding",
+            do="nothing was written; the family's names or its config.json are wrong for this model",
+        )
+    return found
