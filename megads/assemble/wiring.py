@@ -49,10 +49,12 @@ class Model:
     Attributes:
         spec: the whole model.
         stages: stage number -> its blocks.
+        is_sequence_parallel: whether payloads between stages are cut along the sequence.
     """
 
     spec: DecoderSpec
     stages: dict[int, torch.nn.ModuleList]
+    is_sequence_parallel: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,7 +95,7 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
     ranges = partition(spec.block_costs, mesh.layout.num_stages)
     mine = {s: range(*r) for s, r in enumerate(ranges) if s % mesh.layout.pipeline == mesh.group("pp").rank}
     recompute = config.parallel.recompute
-    model = Model(spec, make_blocks(scope, spec, stages=mine, recompute=recompute))
+    model = Model(spec, make_blocks(scope, spec, stages=mine, recompute=recompute), config.parallel.sequence)
     for parameter in model.parameters:
         fill(parameter, seed=config.run.seed)
     return model
@@ -128,7 +130,7 @@ def build_executors(config: Config, model: Model, *, mesh: Mesh) -> Executors:
     stages = {number: Stage(number, list(blocks)) for number, blocks in model.stages.items()}
     transport = Transport(pipeline, mesh.device)
 
-    cut = mesh.group("tp").size if config.parallel.sequence else 1
+    cut = mesh.group("tp").size if model.is_sequence_parallel else 1
     dtype = model.dtype
 
     def payload(rows: int, seq: int) -> tuple[TensorSpec, ...]:

@@ -70,6 +70,7 @@ class Generator:
     def __init__(self, model: Model, mesh: Mesh) -> None:
         self._model = model
         self._mesh = mesh
+        self._multiple = mesh.group("tp").size if model.is_sequence_parallel else 1
         self._pipeline = mesh.group("pp")
         self._transport = Transport(self._pipeline, mesh.device)
 
@@ -77,7 +78,10 @@ class Generator:
     def extend(
         self, tokens: Sequence[int], *, num_tokens: int, sampling: Sampling, stop: int | None = None
     ) -> list[int]:
-        """Up to `num_tokens` tokens that follow `tokens`, without the stop token that may end them."""
+        """Up to `num_tokens` tokens that follow `tokens`, without the stop token that may end them.
+
+        The model is left as training wants it.
+        """
         self._model.eval()
         draw = torch.Generator().manual_seed(sampling.seed)
         window, made = list(tokens), []
@@ -91,32 +95,37 @@ class Generator:
                 break
             window.append(int(token.item()))
             made.append(window[-1])
+        self._model.train()
         return made
 
     def _next_logits(self, tokens: list[int]) -> Tensor | None:
         """Logits [vocab] after the last token on the last stage; None on the others."""
-        device, seq = self._mesh.device, len(tokens)
+        device, last = self._mesh.device, len(tokens) - 1
+        tokens = tokens + [0] * (-len(tokens) % self._multiple)  # after the last token, where nothing looks
+        seq = len(tokens)
         ids = torch.tensor([tokens], device=device)
+        positions = torch.arange(seq, device=device).clamp_max(self._model.spec.max_positions - 1)
         batch = Batch(
             tokens=ids,
             labels=ids,
             mask=torch.zeros_like(ids, dtype=torch.bool),
-            positions=torch.arange(seq, device=device)[None],
+            positions=positions[None],
             document_ids=None,
             samples=torch.zeros(1, dtype=torch.int64, device=device),
             step=1,
         )
+        spec = TensorSpec((seq // self._multiple, 1, self._model.spec.hidden), self._model.dtype)
         payload: Payload = ()
-        rank = self._pipeline.rank
-        if rank > 0:
-            spec = TensorSpec((seq, 1, self._model.spec.hidden), self._model.dtype)
-            payload = self._transport.receive((spec,), peer=rank - 1).wait()
-        for blocks in self._model.stages.values():
+        num_ranks = self._pipeline.size
+        for stage, blocks in sorted(self._model.stages.items()):
+            if stage > 0 and num_ranks > 1:
+                payload = self._transport.receive((spec,), peer=(stage - 1) % num_ranks).wait()
             for block in blocks:
                 if isinstance(block, HeadBlock):
-                    return block.logits(payload)[0, -1]
+                    return block.logits(payload)[0, last]
                 payload = block(payload, batch).payload
-        self._transport.send(payload, peer=rank + 1)
+            if num_ranks > 1:
+                self._transport.send(payload, peer=(stage + 1) % num_ranks)
         self._transport.drain()
         return None
 

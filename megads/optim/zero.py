@@ -4,7 +4,7 @@
     stage 1   reduce-scatter gradients  each updates its slice, keeps state for it alone, and gathers weights
 
 Both do the same arithmetic on the same flat memory; stage 0 is a slice that is the whole. Reductions start inside
-the step's last backward; the gathering of stage 1 goes on into the next forward, where each block waits for its own
+the step's last backward; the gathering of stage 1 goes on into the next forward, where each module waits for its own
 weights.
 The update is torch's fused AdamW (or SGD), which skips the step on the device when a gradient was not finite.
 """
@@ -50,9 +50,8 @@ class NativeEngine:
         self._optimizer = self._make_optimizer()
         self._scale = LossScale(mesh.device, is_dynamic=config.precision == "fp16")
         self._gathering: dict[int, Pending] = {}
-        for blocks in stages.values():
-            for block in blocks:
-                self._wait_before(block)
+        for module in {m for blocks in stages.values() for m in blocks.modules()}:
+            self._wait_before(module)
 
     def _held(self, bucket: Bucket, flat: Tensor) -> Tensor:
         """The part of a bucket's flat memory that this rank updates."""
@@ -149,15 +148,16 @@ class NativeEngine:
             if self._sharded:
                 self._gathering[number] = start_all_gather(bucket.values, bucket.group)
 
-    def _wait_before(self, block: torch.nn.Module) -> None:
-        """Let a block's forward wait for the gathering of the buckets that hold its weights."""
-        mine = {id(parameter) for parameter in block.parameters()}
+    def _wait_before(self, module: torch.nn.Module) -> None:
+        """Let a module's forward wait for the gathering of the buckets that hold its own weights."""
+        mine = {id(parameter) for parameter in module.parameters(recurse=False)}
         numbers = [
             number
             for number, bucket in enumerate(self._all)
             if any(id(place.parameter) in mine for place in bucket.places)
         ]
-        block.register_forward_pre_hook(lambda *_: self._wait(numbers))
+        if numbers and self._sharded:
+            module.register_forward_pre_hook(lambda *_: self._wait(numbers))
 
     def _wait(self, numbers: Sequence[int]) -> None:
         for number in numbers:
