@@ -118,7 +118,7 @@ def _plain_backward(
     weights.masked_fill_(~_visible(q, call), 0.0)
     dropped, dweights = weights, flow @ values.mT
     if call.dropout is not None:
-        kept = call.dropout.keep() / (1.0 - call.dropout.probability)
+        kept = call.dropout.keep().to(weights.dtype) / (1.0 - call.dropout.probability)
         dropped, dweights = weights * kept, dweights * kept
     dscores = weights * (dweights - (flow * _wide(out)).sum(-1, keepdim=True)) * call.scale
     dq, dk, dv = dscores @ keys, dscores.mT @ queries, dropped.mT @ flow
