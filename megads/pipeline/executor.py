@@ -179,8 +179,5 @@ class _Run:
 
     def _add(self, output: BlockOutput) -> None:
         for extra in output.extras:
-            total = self.totals.get(extra.name, Total(torch.zeros(()), torch.zeros(())))
-            device = extra.sum.device
-            self.totals[extra.name] = Total(
-                total.sum.to(device) + extra.sum.double(), total.count.to(device) + extra.count
-            )
+            old, new = self.totals.get(extra.name), Total(extra.sum.double(), extra.count)
+            self.totals[extra.name] = new if old is None else Total(old.sum + new.sum, old.count + new.count)

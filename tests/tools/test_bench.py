@@ -1,0 +1,30 @@
+"""Benchmarks run to their table without a GPU, in small."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("module", "lines"),
+    [
+        ("norm", ("rms_norm, float32", "64x256", "aten", "reference", "of floor")),
+        ("step", ("tiny-gpt bf16", "tiny-llama fp32", "plain", "tokens/s", "MFU causal/full %")),
+    ],
+)
+def test_a_benchmark_ends_with_its_table(module: str, lines: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", f"tools.bench.{module}", "--device", "cpu", "--tiny"]
+    command += ["--dtype", "float32"] if module == "norm" else []
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.rindex("\ncommand:") :]
+    assert f"python -m tools.bench.{module} --device cpu --tiny" in table
+    assert "torch " in table
+    missing = [line for line in lines if line not in table]
+    assert not missing, table
