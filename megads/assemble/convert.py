@@ -87,4 +87,5 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,15})([KMGT]B)?", text)
     if match is None or int(match[1]) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size (allowed: such as 500MB or 5GB)")
-    return int(match[1]) * 1000 ** UNITS.index(match[2] or "")
+    factor: int = 1000 ** UNITS.index(match[2] or "")
+    return int(match[1]) * factor

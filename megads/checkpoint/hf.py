@@ -239,7 +239,7 @@ class Weights:
         import safetensors
 
         try:
-            opened = safetensors.safe_open(file, framework="pt")  # checks header, offsets and sizes
+            opened: Any = safetensors.safe_open(file, framework="pt")  # checks header, offsets and sizes
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file", found=error) from error
         found = frozenset(opened.keys())
@@ -378,9 +378,10 @@ def transformers_logits(directory: Path, tokens: Tensor, *, dtype: torch.dtype) 
     """
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = library.AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -388,6 +389,9 @@ def transformers_logits(directory: Path, tokens: Tensor, *, dtype: torch.dtype) 
     wrong = {kind: names for kind, names in report.items() if names}
     if wrong:
         raise CheckpointError(f"{directory}: transformers loads the model with a remark", found=wrong)
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if is_tied != model.config.tie_word_embeddings:  # some versions obey the config, some the file
+        raise CheckpointError(f"{directory}: config.json and the weights differ in whether the head is tied")
     logits: Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
     return logits
 
