@@ -57,7 +57,9 @@ class Subject:
 
 
 def place(x: Tensor, shape: Shape, *, dtype: torch.dtype, device: str) -> Tensor:
-    """A leaf with x's values in `dtype`, and x's strides, in memory laid out as `shape` says."""
+    """A leaf with x's values in `dtype`, and x's strides, in memory laid out as `shape` says; ids as they are."""
+    if not x.is_floating_point():
+        return x.to(device)
     leaf = torch.empty(x.numel() + 1, dtype=dtype, device=device)[int(shape.is_offset) :][: x.numel()]
     leaf = leaf.as_strided(x.shape, x.stride())
     return leaf.copy_(x).requires_grad_()
@@ -66,17 +68,17 @@ def place(x: Tensor, shape: Shape, *, dtype: torch.dtype, device: str) -> Tensor
 def check(subject: Subject, implementation: str, *, dtype: torch.dtype, device: str, shape: Shape) -> None:
     """Compare outputs and gradients; skips what the implementation says it does not do."""
     drawn = subject.draw(shape)
-    inputs = tuple(place(x, shape, dtype=dtype, device=device) if x.is_floating_point() else x for x in drawn)
-    exact = tuple(x.detach().cpu().double().requires_grad_() if x.is_floating_point() else x for x in inputs)
+    inputs = tuple(place(x, shape, dtype=dtype, device=device) for x in drawn)
+    exact = tuple(x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs)
     with force(subject.op.name, implementation) if subject.op else nullcontext():
         try:
             outputs = subject.run(*inputs)
         except ConfigError as error:
             pytest.skip(str(error))
         expected = subject.define(*exact)
-        flow = torch.randn(expected[0].shape, dtype=torch.float64).to(dtype)
+        flow = torch.randn(expected[0].shape, dtype=torch.float64).to(device, dtype)
         leaves = [x for x in inputs if x.requires_grad]
-        gradients = torch.autograd.grad(outputs[0], leaves, flow.to(device))
+        gradients = torch.autograd.grad(outputs[0], leaves, flow)
     wanted = torch.autograd.grad(expected[0], [x for x in exact if x.requires_grad], flow.double())
     assert outputs[0].dtype == dtype
     for kind, got, reference in (
@@ -84,7 +86,7 @@ def check(subject: Subject, implementation: str, *, dtype: torch.dtype, device: 
         *((f"gradient {n}", *pair) for n, pair in enumerate(zip(gradients, wanted, strict=True))),
     ):
         assert got.shape == reference.shape, kind
-        error = (got.detach().cpu().double() - reference).norm()
+        error = (got.detach().double() - reference).norm()
         unit = max(reference.norm().item(), 0.1 * reference.numel() ** 0.5)
         assert error <= BOUNDS[dtype] * SHARP.get(implementation, 1.0) * unit, (
             f"{shape}: {kind} off by {error / unit:.2e}"
@@ -134,7 +136,6 @@ def _draw_attention(shape: Shape) -> tuple[Tensor, ...]:
 
 
 def _run_attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    ids = None if ids is None else ids.to(q.device)
     result = attention(q, k, v, scale=q.shape[-1] ** -0.5, documents=ids)
     assert result.lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
     return result.out, result.lse
@@ -143,7 +144,7 @@ def _run_attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None = None) -
 def _define_attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     group, seq = q.shape[1] // k.shape[1], q.shape[2]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    hidden = torch.ones(seq, seq, dtype=torch.bool).triu(1)
+    hidden = torch.ones(seq, seq, dtype=torch.bool, device=q.device).triu(1)
     if ids is not None:
         hidden = hidden | (ids[:, None, :, None] != ids[:, None, None, :])
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
@@ -169,13 +170,13 @@ def _draw_rotary(shape: Shape) -> tuple[Tensor, ...]:
 
 
 def _run_rotary(x: Tensor, positions: Tensor) -> tuple[Tensor]:
-    return (rotary(x, rotary_angles(positions.to(x.device), dim=x.shape[-1], theta=1e4)),)
+    return (rotary(x, rotary_angles(positions, dim=x.shape[-1], theta=1e4)),)
 
 
 def _define_rotary(x: Tensor, positions: Tensor) -> tuple[Tensor]:
     half = x.shape[-1] // 2
-    rates = 1e4 ** (-torch.arange(half, dtype=torch.float64) / half)
-    turn = torch.polar(torch.ones((), dtype=torch.float64), positions[:, None, :, None] * rates)
+    rates = 1e4 ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    turn = torch.exp(1j * (positions[:, None, :, None] * rates))
     turned = torch.complex(x[..., :half], x[..., half:]) * turn
     return (torch.cat((turned.real, turned.imag), -1),)
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 from megads.ops import extension
+from megads.ops.norm import RMS_NORM
 
 needs_library = pytest.mark.skipif(not extension.LIBRARY.is_file(), reason="csrc is not built")
 
@@ -71,3 +73,30 @@ def test_the_operators_have_shapes_without_values(dtype: torch.dtype) -> None:
         dx, dweight = torch.ops.megads.rms_norm_backward(y, x, weight, rstd)
     assert (y.shape, y.dtype, dx.shape, dx.dtype) == (x.shape, dtype, x.shape, dtype)
     assert (rstd.shape, rstd.dtype, dweight.shape) == ((15,), torch.float32, (64,))
+
+
+@needs_library
+def test_norm_on_the_operators_has_torchs_gradients_also_compiled() -> None:
+    """With stand-ins for the kernels on the CPU: what is saved, the order of gradients, one graph under compile."""
+    assert extension.has_csrc()
+
+    def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        rstd = (x.square().mean(-1) + eps).rsqrt()
+        return x * rstd[..., None] * weight, rstd.flatten()
+
+    def backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor):
+        r, g = rstd.view(*x.shape[:-1], 1), dy * weight
+        return r * g - x * r**3 * (g * x).mean(-1, keepdim=True), (dy * x * r).flatten(0, -2).sum(0)
+
+    library = torch.library.Library("megads", "IMPL", "CPU")
+    library.impl("rms_norm_forward", forward)
+    library.impl("rms_norm_backward", backward)
+    run = next(i.run for i in RMS_NORM.implementations if i.name == "csrc")
+    x, weight = torch.randn(3, 4, 8).transpose(0, 1).requires_grad_(), torch.randn(8, requires_grad=True)
+    flow = torch.randn(4, 3, 8)
+    expected = torch.autograd.grad(F.rms_norm(x, (8,), weight, 1e-5), (x, weight), flow)
+    for norm in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        gradients = torch.autograd.grad(norm(x, weight, 1e-5), (x, weight), flow)
+        for got, wanted in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+    library._destroy()

@@ -129,7 +129,7 @@ def device_name(device: torch.device) -> str:
 
 
 def print_table(
-    device: torch.device, header: Sequence[str], rows: Sequence[Sequence[str]], *, notes: Sequence[str] = ()
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, device: torch.device, notes: Sequence[str] = ()
 ) -> None:
     """What was run where and when, then the rows; the last thing a benchmark prints."""
     lines = [list(header), *map(list, rows)]

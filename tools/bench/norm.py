@@ -49,7 +49,7 @@ def contestants(x: Tensor, weight: Tensor, *, with_compile: bool) -> dict[str, N
     return found
 
 
-def measure(norm: Norm, x: Tensor, weight: Tensor, dy: Tensor, *, repeats: int) -> Times:
+def measure(norm: Norm, x: Tensor, *, weight: Tensor, dy: Tensor, repeats: int) -> Times:
     """Time one contestant."""
 
     def forward() -> None:
@@ -89,14 +89,16 @@ def main() -> None:
             [f"{num_rows}x{hidden}", "(copy)", f"{copied * 1e6:.1f}", f"{floors[0] / copied:.2f}", "", "", ""]
         )
         for name, norm in contestants(x, weight, with_compile=not options.tiny).items():
-            times = measure(norm, x, weight, dy, repeats=repeats)
+            times = measure(norm, x, weight=weight, dy=dy, repeats=repeats)
             forward, both = (
                 (f"{t * 1e6:.1f}", f"{f / t:.2f}")
                 for f, t in zip(floors, (times.forward, times.both), strict=True)
             )
             rows.append([f"{num_rows}x{hidden}", name, *forward, *both, "{:.2f}/{:.2f}".format(*bars)])
     header = ("shape", "implementation", "f us", "of floor", "f+b us", "of floor", "bar")
-    print_table(device, header, rows, notes=[f"rms_norm, {options.dtype}; copy {rate:.0f} GB/s in this run"])
+    print_table(
+        header, rows, device=device, notes=[f"rms_norm, {options.dtype}; copy {rate:.0f} GB/s in this run"]
+    )
 
 
 if __name__ == "__main__":

@@ -26,9 +26,17 @@ class PlainShape:
     seq: int
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Rotation:
+    """Cosines and sines of the rotary angles, [seq, head size / 2] each."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def _rotate(x: Tensor, by: _Rotation) -> Tensor:
     left, right = x.chunk(2, -1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+    return torch.cat((left * by.cos - right * by.sin, right * by.cos + left * by.sin), -1)
 
 
 class _Layer(nn.Module):
@@ -43,7 +51,7 @@ class _Layer(nn.Module):
         self.up = nn.Linear(hidden, shape.ffn * (1 + shape.is_llama), bias=has_bias)
         self.down = nn.Linear(shape.ffn, hidden, bias=has_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: _Rotation) -> Tensor:
         batch, seq, hidden = x.shape
         heads = self.shape.heads
         q, k, v = (
@@ -51,7 +59,7 @@ class _Layer(nn.Module):
             for part in self.qkv(self.norm1(x)).chunk(3, -1)
         )
         if self.shape.is_llama:
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            q, k = _rotate(q, rotation), _rotate(k, rotation)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, seq, hidden))
         wide = self.up(self.norm2(x))
@@ -88,8 +96,9 @@ class PlainDecoder(nn.Module):
         x = self.embedding(tokens)
         if self.position is not None:
             x = x + self.position.weight
+        rotation = _Rotation(self.cos, self.sin)
         for layer in self.layers:
-            x = layer(x, self.cos, self.sin)
+            x = layer(x, rotation)
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), labels.flatten())
 
 

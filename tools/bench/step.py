@@ -204,7 +204,7 @@ def data_sheet(device: torch.device, precision: str) -> float | None:
     return next((peak for part, peak in FP32_TFLOPS if part in torch.cuda.get_device_name(device)), None)
 
 
-def row_of(shape: Shape, precision: str, name: str, *, result: Result, device: torch.device) -> list[str]:
+def row_of(result: Result, name: str, *, shape: Shape, precision: str, device: torch.device) -> list[str]:
     """The table's line."""
     spec = describe(shape.model, vocab=shape.vocab, sequence_length=shape.seq)
     causal = spec.flops_per_token(shape.seq)
@@ -266,16 +266,16 @@ def main() -> None:
             for name, make in makers.items():
                 release(device)
                 result = run(make, rows=num_rows, device=device, repeats=repeats)
-                rows.append(row_of(shape, precision, name, result=result, device=device))
+                rows.append(row_of(result, name, shape=shape, precision=precision, device=device))
                 print("  ".join(rows[-1]), flush=True)
             if options.profile and precision == "bf16":
                 profile(makers["megads"](num_rows), device=device)
     found.append(ceilings(device, tiny=options.tiny))
     merged = Ceilings(tuple(t for c in found for t in c.matmul_tflops), max(c.copy_gbps for c in found))
     print_table(
-        device,
         HEADER,
         rows,
+        device=device,
         notes=[f"{merged} in this run; median step, {len(found)} readings of the ceilings"],
     )
 
