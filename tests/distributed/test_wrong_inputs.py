@@ -466,7 +466,7 @@ def test_a_misspelt_verb_is_refused_with_the_nearest_one(tmp_path: Path) -> None
         ({"RANK": "2", "WORLD_SIZE": "2"}, ("RANK=2", "WORLD_SIZE=2")),
         ({"RANK": "0", "WORLD_SIZE": "0"}, ("RANK=0", "WORLD_SIZE=0")),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, ("LOCAL_RANK", "'-1'")),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, ("MASTER_ADDR", "nothing")),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ("MASTER_", "nothing")),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
             ("MASTER_PORT", "'x'"),
