@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from megads.errors import ConfigError, MegadsError
-from megads.parallel.place import Place, discover
+from megads.parallel.place import Launcher, Place, discover
 
 VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -40,7 +40,9 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 INTERRUPTED = 130  # what a shell reports for a command that ended by Ctrl-C
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LOCAL_RANK = re.compile("--local[_-]rank=[0-9]+")  # deepspeed's launcher adds it; the environment says the same
+LOCAL_RANK = re.compile(
+    "--local[_-]rank=[0-9]+"
+)  # deepspeed's launcher adds it; the environment says the same
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +90,9 @@ def _report(error: BaseException, text: str, code: int) -> int:
         text: all there is to say.
     """
     place = _place()
-    reason = text if isinstance(error, MegadsError | KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    reason = (
+        text if isinstance(error, MegadsError | KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    )
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         now = time.time()
@@ -126,8 +130,8 @@ def _place() -> Place:
 
 
 def _follow_launcher() -> None:
-    """Ask Linux to send SIGTERM when the launcher is gone, so that no rank outlives it."""
-    if os.environ.get("MEGADS_LAUNCHER") and sys.platform == "linux":
+    """Ask Linux to send SIGTERM when the launcher is gone, so that no rank outlives it (mpiexec and srun see to it)."""
+    if _place().launcher is Launcher.TORCH and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -32,13 +32,16 @@ from megads.data.loader import check_epochs
 from megads.errors import NumericsError
 from megads.evaluate.perplexity import evaluate
 from megads.optim.schedule import learning_rate
-from megads.parallel.bootstrap import connect, device_of, disconnect, discover
+from megads.parallel.bootstrap import connect, device_of, disconnect
 from megads.parallel.control import Control
 from megads.parallel.mesh import Mesh, build_mesh
+from megads.parallel.place import discover
 from megads.train import history as run_history
 from megads.train import state
+from megads.train.lock import locked
 from megads.train.metrics import peak_memory, peak_tflops
 from megads.train.step import StepResult, train_step
+from megads.train.stop import SAVED, StopRequest
 
 _log = logging.getLogger("megads.train")
 
@@ -55,13 +58,13 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     config = load(options.config, options.overrides)
     place = discover()
-    rules.check(config, place.world_size)
+    rules.check(config, place.world_size, host_ranks=place.host_ranks)
     log.setup(place.rank)
     device = device_of(place)
     control = connect(place, timeout=config.run.timeout, device=device)
-    Trainer(config, control, device).run()
+    is_stopped = Trainer(config, control, device).run()
     disconnect()
-    return 0
+    return SAVED if is_stopped else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,8 @@ class _Pending:
     step: int
     lr: float
     result: StepResult
-    issued: float  # seconds, when the step before was read
+    started: float  # seconds of the clock, before its data was read
+    returned: float  # when the call came back: with the result on a CPU, at once on a GPU
 
 
 class Trainer:
@@ -94,21 +98,39 @@ class Trainer:
         self._peak = config.profile.peak_tflops or peak_tflops(device, dtype=self._model.dtype)
         self._last_step = min(config.run.stop_after or config.run.steps, config.run.steps)
         self._seconds_per_step: float | None = None
+        self._ready = 0.0  # when the last step was known to be done, seconds of the clock
+        self._stop = StopRequest()
 
-    def run(self) -> None:
-        """Train from where the run stands to its last step."""
+    def run(self) -> bool:
+        """Train from where the run stands to its last step; returns whether a signal stopped it before.
+
+        Raises:
+            MegadsError: the directory is in use, what is there does not fit, or training failed.
+        """
+        with locked(self._dir, control=self._control), self._stop:
+            last = self._run()
+        if self._stop.is_agreed and last < self._last_step:
+            _log.info("stopped after step %d by %s; the same command goes on", last, self._stop.cause)
+            return True
+        return False
+
+    def _run(self) -> int:
+        """Restore and train; returns the last step that was done and saved."""
         done, history = self._restore()
         self._write_run_files(done, history)
         self._say_what_runs(history)
         if done >= self._last_step:
             _log.info("nothing to do: step %d of %d is done", done, self._last_step)
-            return
+            return done
+        self._stop.count(sum(self._control.all_gather(self._stop.is_raised)))
+        if self._stop.is_agreed:
+            return done
         loader = source.build_loader(self._config, self._source, history=history, mesh=self._mesh)
         pending: _Pending | None = None
-        read = time.perf_counter()
         bar = log.Progress("training", total=self._config.run.steps, done=done, is_shown=self._speaks)
         with bar:
             for step in range(done + 1, self._last_step + 1):
+                started = time.perf_counter()
                 lr = learning_rate(step, self._config.optim, total_steps=self._config.run.steps)
                 result = train_step(
                     loader.batch(step).to(self._mesh.device),
@@ -116,19 +138,22 @@ class Trainer:
                     engine=self._engine,
                     mesh=self._mesh,
                     lr=lr,
+                    stop=self._stop,
                 )
+                returned = time.perf_counter()
                 if pending is not None:
                     self._finish(pending, history)
-                pending = _Pending(step, lr, result, read)
-                read = time.perf_counter()
-                if self._must_pause(step):
+                pending = _Pending(step, lr, result, started, returned)
+                if self._stop.is_agreed or self._must_pause(step):
                     self._finish(pending, history)
                     pending = None
-                    if self._is_due(step, self._config.checkpoint.every):
+                    if self._stop.is_agreed or self._is_due(step, self._config.checkpoint.every):
                         self._save(step, history)
-                    read = time.perf_counter()
                 bar.advance()
+                if self._stop.is_agreed:
+                    break
         self._metrics.close()
+        return step
 
     def _restore(self) -> tuple[int, tuple[Segment, ...]]:
         """Load the step to go on from, if any; returns it (0: none) and the history from the next step on."""
@@ -194,7 +219,10 @@ class Trainer:
         """Read a step's numbers, judge them, write and say them."""
         result = pending.result
         loss, norm = result.loss.item(), result.report.grad_norm.item()
-        seconds = time.perf_counter() - pending.issued
+        self._stop.count(result.num_stops.item())
+        ready = time.perf_counter() if self._mesh.device.type == "cuda" else pending.returned
+        seconds = ready - max(pending.started, self._ready)
+        self._ready = ready
         if not (result.report.finite.item() and loss == loss and abs(loss) != float("inf")):
             raise NumericsError(
                 f"step {pending.step}: the loss or a gradient is not finite",
