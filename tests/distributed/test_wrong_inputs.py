@@ -10,103 +10,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from megads.assemble import wiring
-from megads.config.load import load as load_config
-from megads.optim.zero import NativeEngine
-from megads.parallel.mesh import build_mesh
-from tests.distributed.job import (
-    Ended,
-    Home,
-    Layout,
-    command,
-    commands,
-    losses,
-    make_corpus,
-    make_tokenizer,
-    tensors,
-    train,
-)
-from tests.ranks import run_ranks
-
-
-@pytest.fixture(scope="module")
-def trained(home: Home) -> Home:
-    """The home with a run called `run` that has done and saved steps 1, 2 and 3."""
-    train(home, "run", Layout(), "run.stop_after=3", "checkpoint.every=1")
-    return home
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A copy of the trained home for one case, and command lines that would work in it."""
-
-    path: Path
-
-    @property
-    def data(self) -> Path:
-        return self.path / "data"
-
-    @property
-    def run(self) -> Path:
-        return self.path / "run"
-
-    @property
-    def step(self) -> Path:
-        """The newest step."""
-        return self.run / "checkpoints" / "step-00000003"
-
-    @property
-    def metrics(self) -> str:
-        return (self.run / "metrics.jsonl").read_text()
-
-    def train(self, *overrides: str, run: str = "run") -> list[str]:
-        return ["train", "config.yaml", f"run.dir={run}", "run.stop_after=5", *overrides]
-
-    def evaluate(self, *overrides: str, checkpoint: str = "run", data: str = "valid") -> list[str]:
-        tokenizer = f"data.tokenizer={self.data / 'tokenizer.model'}"
-        return [
-            "evaluate",
-            str(self.path / checkpoint),
-            "--data",
-            str(self.data / data),
-            tokenizer,
-            *overrides,
-        ]
-
-    def generate(self, *arguments: str, checkpoint: str = "run", prompt: str = "def ") -> list[str]:
-        return ["generate", checkpoint, "--prompt", prompt, "--tokens", "3", *arguments]
-
-    def other_tokenizer(self) -> str:
-        """A tokenizer of the same size that is not that of the corpora."""
-        make_tokenizer(self.data / "other.model", self.data / "held_out.txt", size=401)
-        return "data/other.model"
-
-
-@pytest.fixture
-def bench(trained: Home, tmp_path: Path) -> Bench:
-    shutil.copytree(trained.path / "data", tmp_path / "data")
-    shutil.copytree(trained.path / "run", tmp_path / "run")
-    shutil.copy(trained.path / "config.yaml", tmp_path)
-    return Bench(tmp_path)
-
-
-def assert_refused(ended: Ended, *words: str) -> None:
-    """Exit code 2 and one message, with the key or file and the three or four parts of an error."""
-    text = ended.errors
-    assert ended.code == 2, text
-    assert "Traceback" not in text + ended.said
-    assert text.count("  found:   ") == 1, text
-    assert text.count("  allowed: ") == 1, text
-    assert text.count("  do:      ") <= 1, text
-    for word in words:
-        assert word in text, text
+from tests.distributed.bench import Bench, assert_refused
+from tests.distributed.job import command, commands, make_corpus, make_tokenizer
 
 
 def test_the_bench_works(bench: Bench) -> None:
@@ -519,65 +429,3 @@ def test_ranks_that_find_different_files(bench: Bench) -> None:
 def test_a_wrong_input_that_only_ranks_meet_is_told_once_by_the_launcher(bench: Bench) -> None:
     argv = ["launch", "--nproc", "2", "--", *bench.train("data.train=data/absent")]
     assert_refused(command(bench.path, *argv), "rank ", "absent.")
-
-
-def test_an_absurd_learning_rate_ends_the_run_with_the_step(bench: Bench) -> None:
-    ended = command(bench.path, *bench.train("optim.lr=1e30", "checkpoint.every=1", run="fresh"))
-    assert ended.code == 1
-    assert "step 2: the loss or a gradient is not finite" in ended.errors
-    assert "Traceback" not in ended.errors
-    assert "optim.lr" in ended.errors
-    checkpoints = bench.path / "fresh" / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["step-00000001"]
-    assert all(bool(value.isfinite().all()) for value in tensors(checkpoints / "step-00000001").values())
-
-
-def poison_at(step: int, *, seen: list[int]) -> Callable[[NativeEngine, int], None]:
-    """`NativeEngine.reduce` that puts an infinity into one gradient of a step of this process."""
-    reduce = NativeEngine.reduce
-
-    def poisoned(self: NativeEngine, stage: int) -> None:
-        seen.append(stage)
-        if len(seen) == step:
-            self._all[0].gradients[3] = float("inf")
-        reduce(self, stage)
-
-    return poisoned
-
-
-def test_an_infinite_gradient_ends_the_run_and_leaves_the_checkpoint_as_it_was(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    home, saved = Home(bench.path), tensors(bench.step)
-    train(home, "straight", Layout(), "run.stop_after=6")
-    with monkeypatch.context() as patch:
-        patch.setattr(NativeEngine, "reduce", poison_at(2, seen=[]))
-        ended = command(bench.path, *bench.train())
-    assert ended.code == 1
-    assert "step 5: the loss or a gradient is not finite" in ended.errors
-    assert "Traceback" not in ended.errors
-    assert sorted(path.name[-1] for path in bench.step.parent.iterdir()) == ["1", "2", "3"]
-    after = tensors(bench.step)
-    assert all(torch.equal(after[name], saved[name]) for name in saved)
-
-    train(home, "run", Layout(), "run.stop_after=6")  # the cause is gone: it goes on as if nothing had been
-    assert losses(home, "run") == losses(home, "straight")
-
-
-@pytest.mark.parametrize("zero", [0, 1])
-def test_a_gradient_that_is_infinite_on_one_rank_changes_no_weight_on_any(bench: Bench, zero: int) -> None:
-    config = load_config(bench.path / "config.yaml", [f"optim.zero_stage={zero}"])
-
-    def work(rank: int, size: int) -> tuple[bool, bool]:
-        mesh = build_mesh(wiring.layout_of(config, size), rank)
-        engine = wiring.build_engine(config, wiring.build_model(config, mesh, vocab=401), mesh=mesh)
-        before = [piece.tensor.clone() for piece in engine.targets()]
-        engine.zero_gradients()
-        if rank == 1:
-            engine._all[0].gradients[0] = float("inf")
-        engine.reduce(0)
-        report = engine.step(lr=1e-3)
-        same = [torch.equal(a, piece.tensor) for a, piece in zip(before, engine.targets(), strict=True)]
-        return bool(report.finite), all(same)
-
-    assert run_ranks(work, 2) == [(False, True)] * 2
