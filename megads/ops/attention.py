@@ -70,7 +70,8 @@ def attention(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        out, lse = ATTENTION_FORWARD(q, k, v, call)
+        ctx.implementation = ATTENTION.pick(q, k, v, call)
+        out, lse = ctx.implementation.run(q, k, v, call)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
         ctx.mark_non_differentiable(lse)
@@ -79,7 +80,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = ATTENTION_BACKWARD(q, k, v, ctx.call, out, lse, gradients[0])
+        dq, dk, dv = ctx.implementation.backward(q, k, v, ctx.call, out, lse, gradients[0])
         return dq, dk, dv, None
 
 
@@ -146,7 +147,7 @@ def _flash_cpu_backward(
     return dq, dk, dv
 
 
-def _flash_cpu_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call, *_: Tensor) -> bool:
+def _flash_cpu_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
     return (
         q.device.type == "cpu"
         and q.dtype in (torch.bfloat16, torch.float32, torch.float64)
@@ -159,19 +160,11 @@ def _always(*_: object) -> bool:
     return True
 
 
-ATTENTION_FORWARD = Op(
+ATTENTION = Op(
     "attention",
     (
-        *attention_cuda.FORWARD,
-        Implementation("flash_cpu", _flash_cpu_forward, _flash_cpu_accepts),
-        Implementation("plain", _plain_forward, _always),
-    ),
-)
-ATTENTION_BACKWARD = Op(
-    "attention",
-    (
-        *attention_cuda.BACKWARD,
-        Implementation("flash_cpu", _flash_cpu_backward, _flash_cpu_accepts),
-        Implementation("plain", _plain_backward, _always),
+        *attention_cuda.IMPLEMENTATIONS,
+        Implementation("flash_cpu", _flash_cpu_forward, _flash_cpu_accepts, _flash_cpu_backward),
+        Implementation("plain", _plain_forward, _always, _plain_backward),
     ),
 )

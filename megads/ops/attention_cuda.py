@@ -225,15 +225,9 @@ def _rows(x: Tensor, batch: int) -> Tensor:
     return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
 
 
-FORWARD = (
-    Implementation("cudnn", _cudnn_forward, _cudnn_accepts),
-    Implementation("flash_varlen", _flash_varlen_forward, _flash_varlen_accepts),
-    Implementation("flash", _flash_forward, _flash_accepts),
-    Implementation("efficient", _efficient_forward, _efficient_accepts),
-)
-BACKWARD = (
-    Implementation("cudnn", _cudnn_backward, _cudnn_accepts),
-    Implementation("flash_varlen", _flash_varlen_backward, _flash_varlen_accepts),
-    Implementation("flash", _flash_backward, _flash_accepts),
-    Implementation("efficient", _efficient_backward, _efficient_accepts),
+IMPLEMENTATIONS = (
+    Implementation("cudnn", _cudnn_forward, _cudnn_accepts, _cudnn_backward),
+    Implementation("flash_varlen", _flash_varlen_forward, _flash_varlen_accepts, _flash_varlen_backward),
+    Implementation("flash", _flash_forward, _flash_accepts, _flash_backward),
+    Implementation("efficient", _efficient_forward, _efficient_accepts, _efficient_backward),
 )

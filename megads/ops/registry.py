@@ -24,11 +24,15 @@ _FORCED: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("forced op impleme
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One way to compute an op: `accepts(*args, **kwargs)` says whether `run` may be called with them."""
+    """One way to compute an op: `accepts(*args, **kwargs)` says whether `run` may be called with them.
+
+    `backward` is there where the op has its own: an op that ran forward one way must not be differentiated another.
+    """
 
     name: str
     run: Callable[..., Any]
     accepts: Callable[..., bool]
+    backward: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megads.errors import ConfigError
 from megads.ops.activation import gelu, swiglu
-from megads.ops.attention import ATTENTION_FORWARD, attention
+from megads.ops.attention import ATTENTION, attention
 from megads.ops.norm import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 from megads.ops.registry import Op, force
 from megads.ops.rope import rotary, rotary_angles
@@ -204,7 +204,7 @@ SUBJECTS = (
             lambda shape: _draw_norm(shape, has_bias=False), _one(rms_norm, eps=EPS), _define_rms),
     Subject("layer_norm", LAYER_NORM, NORM_SHAPES[1:], NORM_LARGE,
             lambda shape: _draw_norm(shape, has_bias=True), _one(layer_norm, eps=EPS), _define_layer),
-    Subject("attention", ATTENTION_FORWARD, ATTENTION_SHAPES, ATTENTION_LARGE,
+    Subject("attention", ATTENTION, ATTENTION_SHAPES, ATTENTION_LARGE,
             _draw_attention, _run_attention, _define_attention),
     Subject("rotary", None, (Shape((2, 3, 5, 8)), Shape((1, 1, 9, 2))), (Shape((2, 4, 300, 128)),),
             _draw_rotary, _run_rotary, _define_rotary),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megads.ops import attention_cuda
-from megads.ops.attention import ATTENTION_FORWARD, attention
+from megads.ops.attention import ATTENTION, attention
 from megads.ops.attention_call import Call, Documents, Dropout
 from megads.ops.registry import force
 
@@ -53,7 +53,7 @@ def test_dropout_selects_plain_and_uses_one_mask_both_ways() -> None:
     q, k, v = draw()
     keep = torch.rand(2, 4, 6, 6) < 0.7
     dropout = Dropout(0.3, lambda: keep)
-    assert ATTENTION_FORWARD.pick(q, k, v, Call(0.3, None, dropout)).name == "plain"
+    assert ATTENTION.pick(q, k, v, Call(0.3, None, dropout)).name == "plain"
     result = attention(q, k, v, scale=0.3, documents=IDS, dropout=dropout)
     hidden = torch.ones(6, 6, dtype=torch.bool).triu(1) | (IDS[:, None, :, None] != IDS[:, None, None, :])
     scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(hidden, float("-inf"))
@@ -73,7 +73,7 @@ def test_dropout_selects_plain_and_uses_one_mask_both_ways() -> None:
 def test_the_choice_on_a_cpu(dtype: torch.dtype, name: str) -> None:
     q, k, v = draw(dtype=dtype)
     call = Call(0.3, None, None)
-    assert ATTENTION_FORWARD.pick(q, k, v, call).name == name
+    assert ATTENTION.pick(q, k, v, call).name == name
     assert not any(i.accepts(q, k, v, call) for i in attention_cuda.FORWARD)
 
 
