@@ -26,7 +26,7 @@ LSE_MULTIPLE = 32  # efficient's backward wants the lse padded to it
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _cudnn_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call, *_: Tensor) -> bool:
+def _cudnn_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
     """Whether cuDNN runs this call and is allowed to."""
     dims = (q.shape[-1], v.shape[-1])
     return (
@@ -61,7 +61,7 @@ def _cudnn_backward(
     return dq, dk, dv
 
 
-def _flash_varlen_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call, *_: Tensor) -> bool:
+def _flash_varlen_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
     """Whether this is a call with packed documents that flash runs."""
     return (
         q.is_cuda
@@ -100,7 +100,7 @@ def _flash_varlen_backward(
     return dq, dk, dv
 
 
-def _flash_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call, *_: Tensor) -> bool:
+def _flash_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
     """Whether flash attention runs this call."""
     return _is_dense(q, call, dtypes=HALF) and _fits_flash(q, v)
 
@@ -125,7 +125,7 @@ def _flash_backward(
     return dq, dk, dv
 
 
-def _efficient_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call, *_: Tensor) -> bool:
+def _efficient_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
     """Whether memory-efficient attention runs this call."""
     multiple = 4 if q.dtype == torch.float32 else 8
     fits = q.shape[-1] % multiple == 0 and v.shape[-1] % multiple == 0

@@ -74,7 +74,7 @@ def test_the_choice_on_a_cpu(dtype: torch.dtype, name: str) -> None:
     q, k, v = draw(dtype=dtype)
     call = Call(0.3, None, None)
     assert ATTENTION.pick(q, k, v, call).name == name
-    assert not any(i.accepts(q, k, v, call) for i in attention_cuda.FORWARD)
+    assert not any(i.accepts(q, k, v, call) for i in attention_cuda.IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,21 @@ def test_gpu_calls_fit_torch_and_give_the_promised_shapes(
 
     q, k, v, dout = views(4), views(2), views(2), views(4)
     call = Call(0.25, None if ids is None else Documents(ids), None)
-    forward, backward = (
-        next(i for i in table if i.name == name).run
-        for table in (attention_cuda.FORWARD, attention_cuda.BACKWARD)
-    )
-    out, lse = forward(q, k, v, call)
+    found = next(i for i in attention_cuda.IMPLEMENTATIONS if i.name == name)
+    assert found.backward is not None
+    out, lse = found.run(q, k, v, call)
     assert (out.shape, out.dtype) == (q.shape, dtype)
     assert (lse.shape, lse.dtype) == ((2, 4, 6), torch.float32)
-    assert [g.shape for g in backward(q, k, v, call, out, lse, dout)] == [q.shape, k.shape, v.shape]
+    assert [g.shape for g in found.backward(q, k, v, call, out, lse, dout)] == [q.shape, k.shape, v.shape]
+
+
+def test_backward_is_that_of_the_forward_whatever_is_forced_meanwhile() -> None:
+    """Autograd runs a GPU's backward on another thread, where nothing is forced."""
+    leaves = [x.requires_grad_() for x in draw(dtype=torch.float64)]
+    dropout = Dropout(0.5, lambda: torch.ones(2, 4, 6, 6, dtype=torch.bool))
+    with force("attention", "plain"):
+        out = attention(*leaves, scale=0.3, dropout=dropout).out
+    with force("attention", "flash_cpu"):  # would refuse dropout, and ignore it in the backward
+        found = torch.autograd.grad(out.sum(), leaves)
+    half = torch.autograd.grad(attention(*leaves, scale=0.3).out.sum(), leaves)
+    assert all(torch.allclose(a, 2 * b, rtol=1e-12, atol=1e-12) for a, b in zip(found, half, strict=True))
