@@ -79,4 +79,4 @@ class VocabParallelHead(torch.nn.Module):
         self.columns = vocabulary_columns(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_product(x, self.weight, None, scope=self._scope)
+        return column_product(x, self.weight, bias=None, scope=self._scope)

@@ -52,7 +52,7 @@ class _Cutting:
         return start_all_reduce(x.contiguous(), self.group)
 
 
-def add_weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> None:
+def add_weight_gradient(weight: Tensor, *, dy: Tensor, x: Tensor) -> None:
     """weight.grad += dy^T x, in the dtype of the gradient.
 
     Args:
@@ -87,7 +87,7 @@ class _Column(torch.autograd.Function):
         with torch.no_grad():
             gathering = ctx.cutting.whole(x)
             summing = ctx.cutting.sum(dy @ ctx.weight)
-            add_weight_gradient(ctx.weight, dy, gathering.wait())
+            add_weight_gradient(ctx.weight, dy=dy, x=gathering.wait())
             dbias = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
             return summing.wait(), None, dbias, None
 
@@ -105,11 +105,11 @@ class _Row(torch.autograd.Function):
         with torch.no_grad():
             dy = ctx.cutting.whole(gradients[0]).wait()
             dx = dy @ ctx.weight
-            add_weight_gradient(ctx.weight, dy, x)
+            add_weight_gradient(ctx.weight, dy=dy, x=x)
             return dx, None, None
 
 
-def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, scope: Scope) -> Tensor:
+def column_product(x: Tensor, weight: Tensor, *, bias: Tensor | None, scope: Scope) -> Tensor:
     """x W^T + b for a weight cut along its output, as the layers of `scope` are cut."""
     cutting = _Cutting(scope.mesh.group("tp"), scope.sequence_parallel)
     return _Column.apply(x, weight, bias, cutting)  # type: ignore[no-untyped-call,no-any-return]
@@ -141,7 +141,7 @@ class ColumnParallelLinear(torch.nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_product(x, self.weight, self.bias, scope=self._scope)
+        return column_product(x, self.weight, bias=self.bias, scope=self._scope)
 
 
 class RowParallelLinear(torch.nn.Module):

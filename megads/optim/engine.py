@@ -18,10 +18,12 @@ class StepReport:
     Attributes:
         grad_norm: global gradient norm before clipping, float64 scalar.
         finite: bool scalar; False: a gradient was not finite and the step changed nothing.
+        loss_scale: of the next step, scalar.
     """
 
     grad_norm: Tensor
     finite: Tensor
+    loss_scale: Tensor
 
 
 class Engine(Protocol):

@@ -137,7 +137,7 @@ class NativeEngine:
         self._optimizer.step()
         self._scale.update(finite)
         self._publish()
-        return StepReport(norm, finite)
+        return StepReport(norm, finite, self._scale.value)
 
     def _publish(self) -> None:
         """Bring every rank's weights up to the masters. Gathering goes on in the background."""

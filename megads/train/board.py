@@ -43,18 +43,18 @@ class Board:
                 found=str(error),
                 do="pip install tensorboard, or log.tensorboard=false (metrics.jsonl has the same numbers)",
             ) from error
-        self._writer = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(directory))
 
     def scalars(self, record: Mapping[str, float]) -> None:
         """One step's record, with its key `step`."""
         for name, value in record.items():
             if name != "step":
-                self._writer.add_scalar(TAGS.get(name, name), value, int(record["step"]))  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(TAGS.get(name, name), value, int(record["step"]))
 
     def text(self, name: str, text: str, *, step: int) -> None:
         """A sample."""
-        self._writer.add_text(name, text, step)  # type: ignore[no-untyped-call]
+        self._writer.add_text(name, text, step)
 
     def close(self) -> None:
         """Write what is buffered."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from megads.config.root import Config
 from megads.data.blend import Segment, extend_history
 from megads.data.loader import check_epochs
 from megads.errors import NumericsError
+from megads.evaluate.generate import Generator, Sampling
 from megads.evaluate.perplexity import evaluate
 from megads.optim.schedule import learning_rate
 from megads.parallel.bootstrap import connect, device_of, disconnect
@@ -40,6 +42,7 @@ from megads.train import history as run_history
 from megads.train import state
 from megads.train.lock import locked
 from megads.train.metrics import peak_memory, peak_tflops
+from megads.train.report import Reporter, short_names
 from megads.train.step import StepResult, train_step
 from megads.train.stop import SAVED, StopRequest
 
@@ -94,10 +97,9 @@ class Trainer:
         self._executors = wiring.build_executors(config, self._model, mesh=self._mesh)
         self._dir = Path(config.run.dir)
         self._checkpoints = self._dir / "checkpoints"
-        self._metrics = log.MetricsWriter(self._dir / "metrics.jsonl")
+        self._report = Reporter(self._config, directory=self._dir, speaks=self._speaks)
         self._peak = config.profile.peak_tflops or peak_tflops(device, dtype=self._model.dtype)
         self._last_step = min(config.run.stop_after or config.run.steps, config.run.steps)
-        self._seconds_per_step: float | None = None
         self._ready = 0.0  # when the last step was known to be done, seconds of the clock
         self._stop = StopRequest()
 
@@ -152,7 +154,7 @@ class Trainer:
                 bar.advance()
                 if self._stop.is_agreed:
                     break
-        self._metrics.close()
+        self._report.close()
         return step
 
     def _restore(self) -> tuple[int, tuple[Segment, ...]]:
@@ -186,7 +188,7 @@ class Trainer:
             log.setup(0, file=self._dir / "log")
             (self._dir / "config.yaml").write_text(dump(self._config), encoding="utf-8")
             run_history.write(self._dir / "history.json", history)
-            self._metrics.cut_back(step)
+            self._report.resume(step)
 
     def _say_what_runs(self, history: tuple[Segment, ...]) -> None:
         layout, spec = self._mesh.layout, self._model.spec
@@ -212,8 +214,9 @@ class Trainer:
         return step == self._last_step or (every is not None and step % every == 0)
 
     def _must_pause(self, step: int) -> bool:
-        config = self._config
-        return self._is_due(step, config.checkpoint.every) or self._is_due(step, config.log.validate_every)
+        log_config = self._config.log
+        every = (self._config.checkpoint.every, log_config.validate_every, log_config.sample_every)
+        return any(self._is_due(step, number) for number in every)
 
     def _finish(self, pending: _Pending, history: tuple[Segment, ...]) -> None:
         """Read a step's numbers, judge them, write and say them."""
@@ -223,33 +226,40 @@ class Trainer:
         ready = time.perf_counter() if self._mesh.device.type == "cuda" else pending.returned
         seconds = ready - max(pending.started, self._ready)
         self._ready = ready
-        if not (result.report.finite.item() and loss == loss and abs(loss) != float("inf")):
-            raise NumericsError(
-                f"step {pending.step}: the loss or a gradient is not finite",
-                found=f"loss {loss}, gradient norm {norm}",
-                allowed="finite numbers",
-                do="weights are those of the step before; lower optim.lr, or go on from the last checkpoint",
-            )
+        self._judge(pending, loss=loss, norm=norm)
         record = self._record(pending, history, loss=loss, norm=norm, seconds=seconds)
         if self._is_due(pending.step, self._config.log.validate_every):
             record |= self._validate()
-        if not self._speaks:
+        self._report.step(record, is_shown=self._is_due(pending.step, self._config.log.every))
+        if self._config.log.sample_every and self._is_due(pending.step, self._config.log.sample_every):
+            self._sample(pending.step)
+
+    def _judge(self, pending: _Pending, *, loss: float, norm: float) -> None:
+        """End a run whose numbers are not finite; an fp16 step whose scale was too large was only skipped.
+
+        Raises:
+            NumericsError: with the step.
+        """
+        report = pending.result.report
+        if math.isfinite(loss) and report.finite.item():
             return
-        self._metrics.write(record)
-        if self._is_due(pending.step, self._config.log.every):
-            total = self._config.run.steps
-            eta = (total - pending.step) * (self._seconds_per_step or seconds)
-            _log.info("%s", log.format_step(record, total=total, eta=eta))
-            for name, value in record.items():
-                if name.startswith("valid/"):
-                    _log.info("step %d %s %.4f", pending.step, name, value)
+        scale = report.loss_scale.item()
+        if self._config.optim.precision == "fp16" and math.isfinite(loss) and scale >= 1.0:
+            _log.info(
+                "step %d skipped: a gradient is too large for fp16; loss scale now %g", pending.step, scale
+            )
+            return
+        raise NumericsError(
+            f"step {pending.step}: the loss or a gradient is not finite",
+            found=f"loss {loss}, gradient norm {norm}",
+            allowed="finite numbers",
+            do="weights are those of the step before; lower optim.lr, or go on from the last checkpoint",
+        )
 
     def _record(
         self, pending: _Pending, history: tuple[Segment, ...], *, loss: float, norm: float, seconds: float
     ) -> dict[str, Any]:
         """The metrics of a step, as they stand in metrics.jsonl."""
-        old = self._seconds_per_step
-        self._seconds_per_step = seconds if old is None else 0.9 * old + 0.1 * seconds
         tokens = run_history.tokens_of(history, pending.step)
         flops = self._model.spec.flops_per_token(self._config.data.sequence_length) * tokens
         tflops = flops / seconds / self._mesh.layout.world_size / 1e12  # of one rank
@@ -264,21 +274,37 @@ class Trainer:
             "model_tflops": tflops,
             "memory_bytes": peak_memory(self._mesh.device),
         }
-        return record if self._peak is None else {**record, "mfu": tflops / self._peak}
+        if self._peak is not None:
+            record["mfu"] = tflops / self._peak
+        if self._config.optim.precision == "fp16":
+            record["loss_scale"] = pending.result.report.loss_scale.item()
+        return record
 
     def _validate(self) -> dict[str, float]:
         """Mean loss on the head of every held-out corpus, by name."""
         found = {}
         limit = -(-self._config.log.validate_samples // self._config.batch.global_size)
-        for corpus in self._source.valid:
+        names = short_names([corpus.path for corpus in self._source.valid])
+        for name, corpus in zip(names, self._source.valid, strict=True):
             batches = source.build_valid_loader(
                 self._config, corpus, packing=self._source.packing, mesh=self._mesh
             )
             score = evaluate(
                 batches, self._model, executor=self._executors.evaluate, mesh=self._mesh, max_batches=limit
             )
-            found[f"valid/{Path(corpus.path).name}/loss"] = score.loss
+            found[f"valid/{name}/loss"] = score.loss
         return found
+
+    def _sample(self, step: int) -> None:
+        """Continue the prompts of the config, on all ranks, and say it."""
+        generator, tokenizer = Generator(self._model, self._mesh), self._source.tokenizer
+        for prompt in self._config.log.sample_prompts:
+            ids, _ = tokenizer.encode_batch([prompt])
+            sampling = Sampling(temperature=0.8, top_p=0.95, seed=self._config.run.seed)
+            made = generator.extend(
+                ids.tolist(), num_tokens=self._config.log.sample_tokens, sampling=sampling
+            )
+            self._report.sample(prompt, tokenizer.decode([*ids.tolist(), *made]), step=step)
 
     def _save(self, step: int, history: tuple[Segment, ...]) -> None:
         start = time.perf_counter()
