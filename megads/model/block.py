@@ -50,7 +50,8 @@ class TransformerBlock(torch.nn.Module):
             for name, branch in (("attention", self._attend), ("mlp", self._feed))
         )
         x = x + self.attention_dropout(attend(x, batch), batch)
-        return x + self.mlp_dropout(feed(x, batch), batch)
+        x = x + self.mlp_dropout(feed(x, batch), batch)
+        return x
 
     def _attend(self, x: Tensor, batch: Batch) -> Tensor:
         y: Tensor = self.attention(self.attention_norm(x), batch)
