@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megads.assemble.rules import RULES, Finding, check, findings
+from megads.assemble.rules import RULES, Finding, check, findings, tensor_stays_on_host
 from megads.config.load import load
 from megads.config.root import Config
 from megads.errors import ConfigError
@@ -124,3 +124,39 @@ def test_every_config_fits_its_ranks(path: Path) -> None:
     check(config, RANKS[path.stem])
     with pytest.raises(ConfigError, match=r"batch\.global|parallel\.tensor"):
         check(config, 7 * RANKS[path.stem] + 1)
+
+
+# ranks of this host, of how many -> tensor degree -> the group that crosses, None: none does
+HOSTS = [
+    (range(8), 16, {1: None, 2: None, 4: None, 8: None, 3: "6 to 8", 16: "0 to 15"}),
+    (range(8, 16), 16, {8: None, 3: "6 to 8", 16: "0 to 15"}),
+    (range(4, 12), 16, {4: None, 8: "0 to 7"}),  # after a host of four
+    (range(12, 14), 14, {2: None, 4: "12 to 15"}),
+    (range(1, 9), 16, {1: None, 2: "0 to 1"}),  # numbered round the hosts: rank 1 is the first of its host
+    (range(8), 8, {8: None}),
+]
+
+
+@pytest.mark.parametrize(("host_ranks", "world_size", "degrees"), HOSTS)
+def test_tensor_groups_stay_on_a_host(
+    host_ranks: range, world_size: int, degrees: dict[int, str | None], base: Path
+) -> None:
+    for tensor, crossing in degrees.items():
+        heads = f"model.heads={tensor}", f"model.hidden={8 * tensor}"
+        config = load(base, [f"parallel.tensor={tensor}", *heads, "parallel.allow_cross_node=true"])
+        assert tensor_stays_on_host(config, host_ranks) is None
+        config = load(base, [f"parallel.tensor={tensor}", *heads])
+        finding = tensor_stays_on_host(config, host_ranks)
+        assert (finding is None) == (crossing is None)
+        if finding is not None:
+            assert f"the group of ranks {crossing} crosses" in finding.found
+            assert "allow_cross_node=true" in str(finding)
+
+
+def test_the_hosts_are_checked_before_anything_runs(base: Path) -> None:
+    config = load(base, ["parallel.tensor=3", "batch.global=12"])
+    check(config, 12)
+    check(config, 12, host_ranks=range(12))
+    with pytest.raises(ConfigError, match="ranks 3 to 5 crosses") as error:
+        check(config, 12, host_ranks=range(4, 8))
+    assert "divides the ranks of a host: 1, 2, 4" in str(error.value)

@@ -271,6 +271,10 @@ WRONG_LAUNCHES = {
         ["--nproc", "3", "--nnodes", "2", "--", "train", "x.yaml", "parallel.tensor=4"],
         "6 / 4 = 1.5",
     ),
+    "tensor ranks of two hosts": (
+        ["--nproc", "3", "--nnodes", "2", "--", "train", "x.yaml", "parallel.tensor=2", "batch.global=6"],
+        "ranks 2 to 3 crosses to another host",
+    ),
 }
 
 
