@@ -32,6 +32,7 @@ from megads.config.load import dump, load_text
 from megads.data.tokenizer import open_tokenizer
 from megads.errors import CheckpointError
 from megads.model.catalog import HUGGING_FACE, describe
+from megads.model.decoder import DecoderSpec
 from megads.optim.precision import initial_dtype
 from megads.parallel.control import Control
 from megads.parallel.parameter import Piece
@@ -68,10 +69,16 @@ def import_hf(
     new_file = None if file is None else target / "tokenizer" / f"tokenizer{file.suffix}"
     is_double = set(weights.dtypes.values()) == {"F64"}
     section = {"family": name, **family.from_config(tree)}
+    missing = [f"model.{key}" for key in ("vocab", "max_positions") if section[key] is None]
+    if missing:
+        raise CheckpointError(
+            f"{source / 'config.json'}: leaves out a size", found=f"no {', '.join(missing)}"
+        )
     text = _config_text(section, new_file, is_double=is_double)
     config = load_text(text, source=f"{source / 'config.json'}, as a config of megads")
     rules.check(config, 1)
     spec = describe(config.model, vocab=1, sequence_length=config.data.sequence_length)
+    _check_sizes(spec, weights)
     parameters, dtype = declared(spec), initial_dtype(config.optim.precision)
     entries = hf.match(family.rows, parameters)
     ignored = (
@@ -127,6 +134,19 @@ def _family_of(tree: Mapping[str, Any], source: Path) -> tuple[str, hf.Family]:
         found=f"model_type {tree.get('model_type')!r}",
         allowed=", ".join(family.model_type for family in HUGGING_FACE.values()),
     )
+
+
+def _check_sizes(spec: DecoderSpec, weights: hf.Weights) -> None:
+    """Refuse sizes that no tensor of the files has, before anything is made in such a size."""
+    longest = max((dim for shape in weights.shapes.values() for dim in shape), default=0)
+    limits = {"layers": len(weights.shapes), "hidden": longest, "ffn": longest, "vocab": longest}
+    for name, limit in limits.items():
+        if getattr(spec, name) > limit:
+            raise CheckpointError(
+                f"config.json and the weights differ in what is model.{name} in megads",
+                found=getattr(spec, name),
+                allowed=f"at most {limit}, by the tensors in the files",
+            )
 
 
 def _tokenizer_in(source: Path) -> Path | None:

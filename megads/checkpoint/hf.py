@@ -248,7 +248,7 @@ class Weights:
                 f"{file}: its tensors are not those that {INDEX_NAME} says",
                 found=grouped(sorted(names ^ found)),
             )
-        for name in found:
+        for name in sorted(found):
             part = opened.get_slice(name)
             self._places[name] = opened
             self.shapes[name] = tuple(part.get_shape())
