@@ -71,6 +71,7 @@ def export_hf(
         DataError: the tokenizer is not that of the run.
         OSError: with the path.
     """
+    hf.check_installed()
     store = store or Store()
     reader = _open(source, store)
     config = _config_of(reader)
@@ -93,9 +94,9 @@ def export_hf(
         size = hf.write_weights(
             directory, entries, read=read, dtype=kept, max_shard_bytes=max_shard_bytes, store=store
         )
-        hf.write_json(store, directory / "config.json", tree)
+        hf.write_json(directory / "config.json", tree, store=store)
         ends = {key: tree[key] for key in ("bos_token_id", "eos_token_id")}
-        hf.write_json(store, directory / "generation_config.json", ends)
+        hf.write_json(directory / "generation_config.json", ends, store=store)
         notes = _write_tokenizer(directory, file, words, store=store)
         weights = hf.Weights(directory)
         hf.check_names(entries, weights)
@@ -197,7 +198,7 @@ def _write_tokenizer(directory: Path, file: Path, tokenizer: Tokenizer, *, store
             settings["tokenizer_class"] = "LlamaTokenizer"
             notes = (f"transformers may cut text into other tokens: {error}",)
     if store.kind(directory / "tokenizer_config.json") == "missing":
-        hf.write_json(store, directory / "tokenizer_config.json", settings)
+        hf.write_json(directory / "tokenizer_config.json", settings, store=store)
     return notes
 
 

@@ -61,6 +61,7 @@ def import_hf(
         ConfigError: config.json holds impossible sizes.
         OSError: with the path.
     """
+    hf.check_installed()
     store = store or Store()
     tree = hf.read_json(source / "config.json")
     name, family = _family_of(tree, source)

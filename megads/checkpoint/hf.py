@@ -175,11 +175,12 @@ def write_weights(
     total = sum(entry.box.size for entry in entries) * dtype.itemsize
     if len(shards) > 1:
         places = {entry.foreign: n for n, shard in zip(names, shards, strict=True) for entry in shard}
-        write_json(store, directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": places})
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(directory / INDEX_NAME, index, store=store)
     return total
 
 
-def write_json(store: Store, path: Path, tree: object) -> None:
+def write_json(path: Path, tree: object, *, store: Store) -> None:
     """Write and sync a JSON file."""
     write_file(store, path, blocks=[(json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()])
 
@@ -301,7 +302,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def require(config: Mapping[str, Any], key: str, allowed: tuple[object, ...], *, default: object) -> None:
+def require(config: Mapping[str, Any], key: str, *, allowed: tuple[object, ...], default: object) -> None:
     """Refuse a config.json whose `key` asks for something that megads' family does not do.
 
     Raises:
@@ -358,6 +359,19 @@ def check_values(entries: Sequence[Entry], weights: Weights, *, expected: Callab
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def check_installed() -> None:
+    """Refuse to begin without the library that reads safetensors.
+
+    Raises:
+        CheckpointError: it is not installed.
+    """
+    if importlib.util.find_spec("safetensors") is None:
+        raise CheckpointError(
+            "Hugging Face's format needs the library safetensors, which is not installed",
+            do="pip install safetensors transformers (or megads[hf]); transformers compares the logits",
+        )
 
 
 def has_transformers() -> bool:

@@ -60,10 +60,10 @@ def _to_hugging_face(spec: DecoderSpec) -> dict[str, Any]:
 
 
 def _from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
-    require(config, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), default="gelu_new")
-    require(config, "scale_attn_weights", (True,), default=True)
-    require(config, "scale_attn_by_inverse_layer_idx", (False,), default=False)
-    require(config, "add_cross_attention", (False,), default=False)
+    require(config, "activation_function", allowed=("gelu_new", "gelu_pytorch_tanh"), default="gelu_new")
+    require(config, "scale_attn_weights", allowed=(True,), default=True)
+    require(config, "scale_attn_by_inverse_layer_idx", allowed=(False,), default=False)
+    require(config, "add_cross_attention", allowed=(False,), default=False)
     return {
         "layers": config.get("n_layer"),
         "hidden": config.get("n_embd"),

@@ -62,14 +62,14 @@ def _to_hugging_face(spec: DecoderSpec) -> dict[str, Any]:
 
 def _from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    require(config, "hidden_act", ("silu",), default="silu")
-    require(config, "attention_bias", (False,), default=False)
-    require(config, "mlp_bias", (False,), default=False)
-    require(config, "rope_scaling", (None,), default=None)
+    require(config, "hidden_act", allowed=("silu",), default="silu")
+    require(config, "attention_bias", allowed=(False,), default=False)
+    require(config, "mlp_bias", allowed=(False,), default=False)
+    require(config, "rope_scaling", allowed=(None,), default=None)
     rope = config.get("rope_parameters") or {}  # transformers 5 keeps theta in here
-    require(rope, "rope_type", ("default",), default="default")
+    require(rope, "rope_type", allowed=("default",), default="default")
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        require(config, "head_dim", (None, hidden // heads), default=None)
+        require(config, "head_dim", allowed=(None, hidden // heads), default=None)
     return {
         "layers": config.get("num_hidden_layers"),
         "hidden": hidden,

@@ -21,6 +21,7 @@ from megads.evaluate.restore import restore
 from megads.parallel.shard import Box
 from tests.assemble.models import Sample, save_step
 
+pytest.importorskip("safetensors")
 needs_transformers = pytest.mark.skipif(not hf.has_transformers(), reason="transformers is not installed")
 
 

@@ -16,6 +16,7 @@ from megads.checkpoint.store import Store
 from megads.errors import CheckpointError
 from megads.parallel.shard import Cut, ShardSpec
 
+pytest.importorskip("safetensors")
 ROWS = (
     Row("layers.*.qkv.weight", ("h.*.q", "h.*.k", "h.*.v")),
     Row("layers.*.up.weight", ("h.*.up",), is_transposed=True),
