@@ -145,13 +145,37 @@ def rotary_head_is_even(config: Config, world_size: int) -> Finding | None:
 
 
 def stages_have_blocks(config: Config, world_size: int) -> Finding | None:
-    layers, pipeline = config.model.layers, config.parallel.pipeline
-    if pipeline <= layers + 2:
+    layers = config.model.layers
+    stages = config.parallel.pipeline * config.parallel.virtual_stages
+    if stages <= layers + 2:
         return None
     return Finding(
-        "parallel.pipeline",
-        f"{pipeline} stages for {layers} layers + embedding + head = {layers + 2} blocks",
+        "parallel.pipeline x parallel.virtual_stages",
+        f"{stages} stages for {layers} layers + embedding + head = {layers + 2} blocks",
         f"at most {layers + 2}",
+    )
+
+
+def only_interleaving_has_virtual_stages(config: Config, world_size: int) -> Finding | None:
+    parallel = config.parallel
+    if parallel.virtual_stages == 1 or parallel.schedule == "interleaved":
+        return None
+    return Finding(
+        "parallel.virtual_stages",
+        f"{parallel.virtual_stages} with parallel.schedule {parallel.schedule}, which has one stage a rank",
+        "1, or parallel.schedule=interleaved",
+    )
+
+
+def sequence_fills_tensor(config: Config, world_size: int) -> Finding | None:
+    length, tensor = config.data.sequence_length, config.parallel.tensor
+    if not config.parallel.sequence or length % tensor == 0:
+        return None
+    return Finding(
+        "data.sequence_length",
+        f"{length}; {length} / parallel.tensor {tensor} = {length / tensor:.6g} positions a rank",
+        f"a multiple of {tensor}: {_multiples(length, tensor)}",
+        "parallel.sequence=false keeps activations whole",
     )
 
 
@@ -278,6 +302,8 @@ RULES: tuple[Rule, ...] = (
     hidden_fills_heads,
     rotary_head_is_even,
     stages_have_blocks,
+    only_interleaving_has_virtual_stages,
+    sequence_fills_tensor,
     batch_fills_ranks,
     page_fits_sequence,
     positions_hold_sequence,

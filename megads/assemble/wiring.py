@@ -125,6 +125,7 @@ def build_executors(config: Config, model: Model, *, mesh: Mesh) -> Executors:
         config.parallel.schedule,
         num_stages=mesh.layout.num_stages,
         num_micro_batches=rows_of(config, mesh) // config.batch.micro,
+        num_chunks=mesh.layout.virtual_stages,
     )
     pipeline = mesh.group("pp")
     stages = {number: Stage(number, list(blocks)) for number, blocks in model.stages.items()}

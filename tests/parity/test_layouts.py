@@ -35,6 +35,8 @@ CASES = (
     Case(tensor=2, pipeline=2, micro=4, sequence=True, recompute="full"),
     Case(tensor=2, data=2, micro=2, sequence=True, zero=1, recompute=("attention", "mlp")),
     Case(data=2, micro=2, zero=1, bucket=3000, recompute=("mlp",)),
+    Case(pipeline=2, micro=4, schedule="interleaved", chunks=2),
+    Case(tensor=2, pipeline=2, micro=4, schedule="interleaved", chunks=2, sequence=True),
 )
 MODELS = (Model("gpt"), Model("llama"))  # tied, untied
 OTHER_MODELS = (
