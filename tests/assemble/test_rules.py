@@ -35,7 +35,7 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "hidden_fills_heads": (["model.hidden=50"], 1, "model.hidden", ["50 / model.heads 6 = 8.33333", "48 or 54"], ["model.hidden=48"]),
     "rotary_head_is_even": (["model.hidden=42"], 1, "model.hidden", ["42 / model.heads 6 = 7", "36 or 48"], ["model.hidden=36"]),
     "only_interleaving_has_virtual_stages": (["parallel.virtual_stages=2"], 1, "parallel.virtual_stages", ["2 with parallel.schedule one_f_one_b", "interleaved"], ["parallel.schedule=interleaved"]),
-    "sequence_fills_tensor": (["parallel.sequence=true", "parallel.tensor=3"], 3, "data.sequence_length", ["8 / parallel.tensor 3 = 2.66667", "6 or 9"], ["parallel.tensor=2"]),
+    "sequence_fills_tensor": (["parallel.sequence=true", "parallel.tensor=3"], 3, "data.sequence_length", ["8 / parallel.tensor 3 = 2.66667", "6 or 9"], ["data.sequence_length=9"]),
     "stages_have_blocks": (["parallel.pipeline=5"], 5, "parallel.pipeline x parallel.virtual_stages", ["5 stages", "2 layers + embedding + head = 4 blocks", "at most 4"], ["model.layers=3"]),
     "batch_fills_ranks": (["batch.global=10", "batch.micro=2"], 4, "batch.global", ["10 / (batch.micro 2 x 4 data-parallel ranks) = 1.25", "8 or 16"], ["batch.global=16"]),
     "page_fits_sequence": (["data.page=12"], 1, "data.page", ["12 tokens", "8 or 16", "1, 2, 4, 8"], ["data.page=16"]),

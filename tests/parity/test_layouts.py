@@ -10,6 +10,7 @@ import torch
 
 from megads.layers import linear
 from megads.parallel import gradient
+from megads.parallel.collectives import Pending
 from megads.parallel.mesh import Mesh
 from megads.train import step as train_step_module
 from tests.parity.harness import Case, Model, Outcome, gradient_error, run_case
@@ -98,17 +99,20 @@ def test_the_run_learns(model: Model) -> None:
     assert not still, f"weights that never moved: {still}"
 
 
-def _break_copy_to(mesh: Mesh) -> None:
-    linear.copy_to = lambda x, group: x  # type: ignore[assignment]
+def _break_tensor_sum(mesh: Mesh) -> None:
+    linear.start_all_reduce = lambda x, group: Pending(x)  # type: ignore[assignment]
 
 
-def _break_reduce_from(mesh: Mesh) -> None:
-    linear.reduce_from = lambda x, group: x  # type: ignore[assignment]
+def _break_sequence_sum(mesh: Mesh) -> None:
+    linear.start_scatter_sequence = lambda x, group: Pending(x.chunk(group.size)[group.rank].contiguous())  # type: ignore
+
+
+def _break_partial_sum(mesh: Mesh) -> None:
+    gradient.all_reduce_ = lambda t, group: t  # type: ignore  # of norms and biases under sequence parallelism
 
 
 def _break_data_parallel_sum(mesh: Mesh) -> None:
-    reduced = gradient.all_reduce_
-    gradient.all_reduce_ = lambda t, group: t if group is mesh.group("dp_cp") else reduced(t, group)  # type: ignore
+    gradient.start_all_reduce = lambda t, group: Pending(t)  # type: ignore
 
 
 def _break_token_count(mesh: Mesh) -> None:
@@ -130,8 +134,9 @@ def _break_norm(mesh: Mesh) -> None:
 
 
 MUTATIONS = (
-    (_break_copy_to, Case(tensor=2, micro=4)),
-    (_break_reduce_from, Case(tensor=2, micro=4)),
+    (_break_tensor_sum, Case(tensor=2, micro=4)),
+    (_break_sequence_sum, Case(tensor=2, micro=4, sequence=True)),
+    (_break_partial_sum, Case(tensor=2, micro=4, sequence=True)),
     (_break_data_parallel_sum, Case(data=2, micro=2)),
     (_break_token_count, Case(data=2, micro=2)),
     (_break_tie, Case(pipeline=2, micro=4)),

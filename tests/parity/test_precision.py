@@ -12,7 +12,16 @@ from megads.assemble.wiring import build_engine, build_executors, build_model, l
 from megads.optim.precision import LossScale
 from megads.parallel.mesh import build_mesh
 from megads.train.step import train_step
-from tests.parity.harness import GLOBAL_BATCH, VOCAB, Case, Model, Outcome, gradient_error, make_batch, make_config
+from tests.parity.harness import (
+    GLOBAL_BATCH,
+    VOCAB,
+    Case,
+    Model,
+    Outcome,
+    gradient_error,
+    make_batch,
+    make_config,
+)
 from tests.parity.harness import run_case as run
 from tests.ranks import run_ranks
 
