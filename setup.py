@@ -111,6 +111,14 @@ class BuildKernels(build_ext):
         return {}
 
 
+EXTRAS = {
+    "hf": ["safetensors>=0.4", "transformers>=5"],
+    "tensorboard": ["tensorboard>=2.16"],
+    "mpi": ["mpi4py>=4", "mpich>=4"],
+    "deepspeed": ["deepspeed>=0.19.8", "ninja"],
+}
+TESTS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11"]
+
 setup(
     name="megads",
     version=VERSION,
@@ -133,5 +141,5 @@ setup(
         "sentencepiece>=0.2",
         "pyarrow>=15",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11"]},
+    extras_require={**EXTRAS, "dev": [*TESTS, *(need for needs in EXTRAS.values() for need in needs)]},
 )

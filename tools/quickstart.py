@@ -1,7 +1,7 @@
 """The main job, end to end, on text that every machine has: the source of Python's standard library.
 
-Started by `bash launch/quickstart.sh`. Every step is one of megads' own commands, printed before it runs, so this file is
-also the example of how they fit together. What is done already is skipped.
+Started by `bash launch/quickstart.sh`. Every step is one of megads' own commands, printed before it runs, so
+this file is also the example of how they fit together. What is done already is skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ import sysconfig
 import time
 from pathlib import Path
 
-PACKAGES = ("asyncio", "collections", "concurrent", "email", "html", "http", "json", "logging", "unittest", "urllib")
+PACKAGES = (
+    "asyncio",
+    "collections",
+    "concurrent",
+    "email",
+    "html",
+    "http",
+    "json",
+    "logging",
+    "unittest",
+    "urllib",
+)
 HELD_OUT = 15  # every 15th file
 CONFIG = "configs/quickstart.yaml"
 
@@ -79,7 +90,9 @@ def train(steps: int, overrides: list[str]) -> None:
 def main() -> None:
     """Run the whole job."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", default="runs/quickstart", help="where everything goes (default %(default)s)")
+    parser.add_argument(
+        "--dir", default="runs/quickstart", help="where everything goes (default %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default %(default)s)")
     options = parser.parse_args()
     start = time.monotonic()
@@ -96,6 +109,9 @@ def main() -> None:
     sample = megads(
         "generate", str(home), "--prompt", "def main(", "--tokens", "60", "--temperature", "0.7", capture=True
     )
+    exported = home / "huggingface"
+    if not exported.exists():
+        run(sys.executable, "tools/convert_checkpoint.py", str(home), str(exported), "--to", "hf")
     text = b"".join(f.read_bytes() for f in valid)
     packed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
     print(f"\nsample:\n{sample}")
