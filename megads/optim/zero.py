@@ -43,11 +43,13 @@ class NativeEngine:
         self._config = config
         self._sharded = config.zero_stage == 1
         dtype = COMPUTE_DTYPES[config.precision]
-        buckets = _stage_buckets(stages, mesh, max_elements=config.bucket_elements, dtype=dtype)
+        buckets = stage_buckets(stages, mesh, max_elements=config.bucket_elements, dtype=dtype)
         self._all = tuple(bucket for found in buckets.values() for bucket in found)
         self._reducers = {stage: Reducer(found, sharded=self._sharded) for stage, found in buckets.items()}
         self._masters = tuple(self._master(bucket) for bucket in self._all)
-        self._optimizer = self._make_optimizer()
+        decays = [bucket.traits.decay for bucket in self._all]
+        self._optimizer = make_optimizer(self._masters, decays, config=config)
+        start_moments(self._optimizer)
         self._scale = LossScale(mesh.device, is_dynamic=config.precision == "fp16")
         self._gathering: dict[int, Pending] = {}
         for module in {m for blocks in stages.values() for m in blocks.modules()}:
@@ -67,30 +69,6 @@ class NativeEngine:
         master.grad = self._held(bucket, bucket.gradients)
         bucket.initial = None
         return master
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        config = self._config
-        decays = config.name == "adamw"
-        groups = [
-            {
-                "params": [
-                    m for m, b in zip(self._masters, self._all, strict=True) if b.traits.decay is decay
-                ],
-                "weight_decay": config.weight_decay if decay and decays else 0.0,
-            }
-            for decay in (True, False)
-        ]
-        groups = [group for group in groups if group["params"]]
-        if config.name == "sgd":
-            return torch.optim.SGD(groups, lr=config.lr, fused=True)
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        for master in self._masters:  # present before the first step, so that loading can fill it
-            optimizer.state[master] = {
-                "step": torch.zeros((), device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-        return optimizer
 
     @property
     def loss_scale(self) -> Tensor:
@@ -209,7 +187,36 @@ class NativeEngine:
         self._publish()
 
 
-def _stage_buckets(
+def make_optimizer(
+    parameters: Sequence[Tensor], decays: Sequence[bool], *, config: OptimConfig
+) -> torch.optim.Optimizer:
+    """torch's fused AdamW or SGD over flat parameters, of which those marked in `decays` get weight decay."""
+    groups = [
+        {
+            "params": [p for p, has_decay in zip(parameters, decays, strict=True) if has_decay is decay],
+            "weight_decay": config.weight_decay if decay and config.name == "adamw" else 0.0,
+        }
+        for decay in (True, False)
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make AdamW's state, which torch makes in the first step, so that loading can fill it."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for master in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        optimizer.state[master] = {
+            "step": torch.zeros((), device=master.device),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
+
+
+def stage_buckets(
     stages: Mapping[int, torch.nn.ModuleList], mesh: Mesh, *, max_elements: int, dtype: torch.dtype
 ) -> dict[int, tuple[Bucket, ...]]:
     """Buckets of each stage; a parameter that two stages of this rank share stands in the first one's."""

@@ -88,6 +88,12 @@ class Bucket:
         size = place.parameter.numel()
         return flat[place.start : place.start + size].view(place.parameter.shape)
 
+    def move(self, values: Tensor) -> None:
+        """Let the weights live in other memory, which holds the same values."""
+        self.values = values
+        for place in self.places:
+            place.parameter.data = self._part(values, place)
+
     def shard(self, flat: Tensor) -> Tensor:
         """This rank's slice of a flat tensor of the bucket."""
         share = flat.numel() // self.group.size

@@ -89,3 +89,15 @@ def build_mesh(layout: Layout, rank: int, *, device: torch.device | None = None)
             dist.all_reduce(torch.zeros(1, device=device), group=handles[ranks])
         groups[axis] = Group(ranks, ranks.index(rank), handles[ranks] if len(ranks) > 1 else None)
     return Mesh(layout, rank, device, groups)
+
+
+def communicator(group: Group) -> dist.ProcessGroup:
+    """The handle of a group; a group of one rank gets one. For a library that does not take a `Group`.
+
+    All ranks call it together, for the same axis. It joins a world of one to itself.
+    """
+    if group.handle is not None:
+        return group.handle
+    if not dist.is_initialized():
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    return dist.new_group(list(group.ranks), use_local_synchronization=True)
