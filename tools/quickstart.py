@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument(
         "--dir", default="runs/quickstart", help="where everything goes (default %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps (default %(default)s)")
     options = parser.parse_args()
     start = time.monotonic()
     home = Path(options.dir)

@@ -77,7 +77,7 @@ def apex_norms() -> Apex:
     Raises:
         ImportError, AttributeError, RuntimeError: they are not built, or are of another version or device.
     """
-    from apex.normalization.fused_layer_norm import (  # type: ignore[import-not-found]
+    from apex.normalization.fused_layer_norm import (
         fused_layer_norm_affine,
         fused_rms_norm_affine,
     )

@@ -33,6 +33,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousPara
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from megads.assemble import rules
+from megads.assemble.source import open_source
 from megads.config.load import load
 from megads.errors import ConfigError, RankError
 
@@ -125,11 +126,14 @@ def check_input(command: Sequence[str], hosts: Hosts) -> None:
 
     Raises:
         ConfigError: a wrong config, or one that does not fit the ranks of `hosts`.
+        DataError: a tokenizer or corpus that it names cannot be used.
     """
     if command[0] == "train" and "--help" not in command:
         if len(command) < 2:
             raise ConfigError("launch -- train: no config", allowed="-- train CONFIG [key=value ...]")
-        rules.check(load(command[1], command[2:]), hosts.world_size, host_ranks=hosts.host_ranks)
+        config = load(command[1], command[2:])
+        rules.check(config, hosts.world_size, host_ranks=hosts.host_ranks)
+        open_source(config)
 
 
 def run_ranks(command: Sequence[str], hosts: Hosts) -> int:

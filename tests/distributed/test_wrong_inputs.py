@@ -427,5 +427,12 @@ def test_ranks_that_find_different_files(bench: Bench) -> None:
 
 
 def test_a_wrong_input_that_only_ranks_meet_is_told_once_by_the_launcher(bench: Bench) -> None:
+    argv = ["launch", "--nproc", "2", "--", *bench.train("checkpoint.load=never")]
+    assert_refused(command(bench.path, *argv), "rank ", "checkpoint.load=never")
+
+
+def test_the_launcher_opens_the_data_before_there_are_ranks(bench: Bench) -> None:
     argv = ["launch", "--nproc", "2", "--", *bench.train("data.train=data/absent")]
-    assert_refused(command(bench.path, *argv), "rank ", "absent.")
+    ended = command(bench.path, *argv)
+    assert_refused(ended, "absent.")
+    assert "rank " not in ended.errors
