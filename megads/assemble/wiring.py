@@ -13,6 +13,8 @@ import torch
 from megads.config.root import Config
 from megads.model.catalog import describe
 from megads.model.decoder import DecoderSpec, make_blocks
+from megads.optim.deepspeed_zero import DeepSpeedEngine
+from megads.optim.engine import Engine
 from megads.optim.precision import initial_dtype
 from megads.optim.zero import NativeEngine
 from megads.parallel.layout import Layout
@@ -101,9 +103,10 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
     return model
 
 
-def build_engine(config: Config, model: Model, *, mesh: Mesh) -> NativeEngine:
+def build_engine(config: Config, model: Model, *, mesh: Mesh) -> Engine:
     """The optimizer engine over this rank's parameters."""
-    return NativeEngine(model.stages, mesh, config=config.optim)
+    kind = DeepSpeedEngine if config.optim.engine == "deepspeed" else NativeEngine
+    return kind(model.stages, mesh, config=config.optim)
 
 
 def rows_of(config: Config, mesh: Mesh) -> int:

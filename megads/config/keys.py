@@ -106,6 +106,8 @@ def _legal_member(kind: object) -> str:
         if items[-1] is Ellipsis:
             return f"a non-empty list of ({legal_values(items[0])})"
         return f"a list of {len(items)}, each {legal_values(items[0])}"
+    if get_origin(kind) is dict:
+        return "a mapping {key: value, ...}"
     if is_dataclass(kind) and isinstance(kind, type):
         return "{" + ", ".join(key.name for key in section_keys(kind)) + "}"
     if kind is int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megads.config.section import section
 
@@ -38,9 +39,12 @@ class OptimConfig:
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of weights and activations. bf16 and fp16 keep float32 masters, moments and gradients; fp16 scales the
     loss."""
-    engine: Literal["native"] = "native"
-    """Optimizer engine. native: megads' own ZeRO, which needs torch alone."""
-    zero_stage: Annotated[int, Field(ge=0, le=1)] = 0
-    """ZeRO stage: 0 keeps all optimizer state on each data-parallel rank, 1 shards it over them."""
+    engine: Literal["native", "deepspeed"] = "native"
+    """Optimizer engine. native: megads' own ZeRO, which needs torch alone. deepspeed: DeepSpeed's ZeRO-1 or ZeRO-2."""
+    zero_stage: Annotated[int, Field(ge=0, le=2)] = 0
+    """ZeRO stage: 0 keeps all optimizer state on each data-parallel rank, 1 shards it over them, 2 (deepspeed) also the
+    gradients once they are reduced."""
+    deepspeed: dict[str, JsonValue] = field(default_factory=dict)
+    """Keys of DeepSpeed's own configuration, given to it as they are; those that megads sets itself are refused."""
     bucket_elements: PositiveInt = 25_000_000
     """Gradient elements reduced by one collective."""

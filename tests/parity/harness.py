@@ -42,6 +42,7 @@ class Case:
     data: int = 1
     schedule: str = "one_f_one_b"
     zero: int = 0
+    engine: str = "native"
     micro: int = 1
     bucket: int = 25_000_000
     sequence: bool = False
@@ -107,6 +108,7 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
             clip=0.5,
             precision=precision,
             zero_stage=case.zero,
+            engine=case.engine,
             bucket_elements=case.bucket,
         ),
         parallel=ParallelConfig(
