@@ -1,9 +1,9 @@
-"""The DeepSpeed engine: its ZeRO-1 and ZeRO-2 optimizer under megads' own executor. The only file that imports deepspeed.
+"""The DeepSpeed engine: DeepSpeed's ZeRO-1 and ZeRO-2 under megads' own executor. The only file that imports deepspeed.
 
 The executor may run any schedule because DeepSpeed sees nothing of it. Gradients accumulate in megads' float32
 buckets; once a step DeepSpeed gets the sum:
 
-    backwards -> bucket.gradients -> sums over tp, ends -> twin.grad -> DeepSpeed: reduce over dp, AdamW, gather -> weights
+    backwards -> bucket.gradients -> sum over tp, ends -> twin.grad -> DeepSpeed: sum over dp, AdamW, gather -> weights
                  float32, whole      ours                 compute dtype, rounded once
 
 A *twin* is one flat parameter a bucket, the only kind that DeepSpeed knows; its hooks fire in a backward that starts at
@@ -81,11 +81,11 @@ class DeepSpeedEngine:
         size = sum(bucket.gradients.numel() * bucket.gradients.element_size() for bucket in self._buckets)
         _log.info(
             "DeepSpeed ZeRO-%d: optimizer state is sharded over %d ranks; gradients are whole on each, in float32 "
-            "(%.2f GiB on this rank)%s",
+            "(%.2f GiB on this rank), and reach DeepSpeed in %s",
             config.zero_stage,
             mesh.group("dp_cp").size,
             size / 2**30,
-            "" if dtype == torch.float32 else f", and rounded to {config.precision} once before their reduction",
+            config.precision,
         )
 
     @property
@@ -244,21 +244,22 @@ class _Groups:
 def deepspeed_config(config: OptimConfig) -> dict[str, Any]:
     """The user's DeepSpeed keys, with those that megads owns (`assemble/deepspeed_keys.py`)."""
     precision: dict[str, Any] = {}
-    if config.precision == "bf16":
-        precision = {"bf16": {"enabled": True, "check_grad_overflow": False}}
-    elif config.precision == "fp16":
-        precision = {"fp16": {"enabled": True, "loss_scale": 1.0}}
-    if config.precision == "bf16" and config.zero_stage == 2:  # with stage 1 DeepSpeed takes another optimizer
-        precision["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.precision == "fp16":
+        precision["fp16"] = {"enabled": True, "loss_scale": 1.0}
+    elif config.precision == "bf16":
+        precision["bf16"] = {"enabled": True, "check_grad_overflow": False}
+        if config.zero_stage == 2:  # with stage 1 DeepSpeed would take another optimizer
+            precision["data_types"] = {"grad_accum_dtype": "fp32"}
+    keys: dict[str, Any] = dict(config.deepspeed)
     zero = {
-        **config.deepspeed.get("zero_optimization", {}),
+        **keys.pop("zero_optimization", {}),
         "stage": config.zero_stage,
         "reduce_bucket_size": config.bucket_elements,
         "compute_grad_norm": False,
     }
     return {
         "communication_data_type": "fp32",  # as the native engine; the user's key goes before it
-        **config.deepspeed,
+        **keys,
         **precision,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

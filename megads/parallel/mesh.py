@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megads.errors import LayoutError
 from megads.parallel.layout import AXES, Layout
@@ -99,5 +100,6 @@ def communicator(group: Group) -> dist.ProcessGroup:
     if group.handle is not None:
         return group.handle
     if not dist.is_initialized():
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    return dist.new_group(list(group.ranks), use_local_synchronization=True)
+        dist.init_process_group(store=HashStore(), rank=0, world_size=1)
+    handle: dist.ProcessGroup = dist.new_group(list(group.ranks), use_local_synchronization=True)
+    return handle

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megads.assemble.deepspeed_keys import OWNED
 from megads.assemble.rules import RULES, Finding, check, findings, tensor_stays_on_host
 from megads.config.load import load
 from megads.config.root import Config
@@ -46,6 +47,10 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "stop_is_in_run": (["run.stop_after=11"], 1, "run.stop_after", ["11 of run.steps 10"], ["run.stop_after=10"]),
     "validation_has_data": (["log.validate_every=5"], 1, "data.valid", ["null with log.validate_every 5"], ["data.valid=held_out"]),
     "corpora_differ": (["data.train=[a, b, a]"], 1, "data.train", ["a more than once"], ["data.train=[a, b]"]),
+    "engine_has_stage": (["optim.zero_stage=2"], 2, "optim.zero_stage", ["2 with optim.engine native", "0 or 1 with native", "optim.engine=deepspeed has it"], ["optim.engine=deepspeed"]),
+    "engine_has_precision": (["optim.engine=deepspeed", "optim.zero_stage=1", "optim.precision=fp64"], 2, "optim.precision", ["fp64 with optim.engine deepspeed", "fp32, bf16, or fp16"], ["optim.precision=bf16"]),
+    "deepspeed_keys_have_reader": (["optim.deepspeed={comms_logger: {enabled: true}}"], 1, "optim.deepspeed", ["comms_logger with optim.engine native"], ["optim.deepspeed={}"]),
+    "deepspeed_keys_are_free": (["optim.engine=deepspeed", "optim.zero_stage=1", "optim.deepspeed={gradient_clipping: 1.0, zero_optimization: {stage: 1}}"], 1, "optim.deepspeed", ["gradient_clipping, zero_optimization.stage, which megads sets", "instead of gradient_clipping: optim.clip"], ["optim.deepspeed={zero_optimization: {overlap_comm: true}}"]),
 }  # fmt: skip
 
 
@@ -68,6 +73,22 @@ def test_every_rule_has_an_example_that_fails_and_one_that_passes(rule: object, 
     for word in words:
         assert word in str(finding), str(finding)
     assert findings(load(base, [*broken, *healed]), ranks) == ()
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_deepspeed_keys_of_megads_are_refused_by_name(name: str, base: Path) -> None:
+    section, _, key = name.rpartition(".")
+    written = f"{{{section}: {{{key}: 1}}}}" if section else f"{{{key}: 1}}"
+    config = load(base, ["optim.engine=deepspeed", "optim.zero_stage=2", f"optim.deepspeed={written}"])
+    (finding,) = findings(config, 1)
+    assert finding.found.startswith(f"{name},")
+    assert finding.do == f"instead of {name}: {OWNED[name]}"
+
+
+def test_zero_optimization_is_a_mapping(base: Path) -> None:
+    wrong = ["optim.engine=deepspeed", "optim.zero_stage=2", "optim.deepspeed={zero_optimization: 2}"]
+    (finding,) = findings(load(base, wrong), 1)
+    assert "zero_optimization: 2" in finding.found
 
 
 def test_every_example_belongs_to_a_rule() -> None:
