@@ -40,6 +40,9 @@ def text_grid(timeline: Timeline, width: int = _WIDTH) -> str:
         lines.append("".join(line))
     head = len(str(schedule.num_ranks - 1))
     step = max(width - head - 2, 1)
+    shortest = round(scale * min((s.stop - s.start for row in timeline.spans for s in row), default=0.0))
+    if 0 < shortest < step:
+        step -= step % shortest  # where cells are multiples of the shortest, no label is cut
     blocks = [
         "\n".join(f"{rank:>{head}} |{line[start : start + step]}" for rank, line in enumerate(lines))
         for start in range(0, max(total, 1), step)
@@ -56,9 +59,12 @@ def _label(schedule: Schedule, span: Span) -> str:
 
 
 def _columns_per_unit(timeline: Timeline, labels: list[list[str]]) -> float:
-    """Columns for a unit of time: enough for every label (one to spare if durations are no multiples)."""
+    """Columns for a unit of time: enough for every label.
+
+    One to spare if durations are no multiples, and after a label that begins with its stage: `0F0-0F1-`.
+    """
     needs = [
-        (len(name), span.stop - span.start)
+        (len(name) + name[0].isdigit(), span.stop - span.start)
         for row, names in zip(timeline.spans, labels, strict=True)
         for span, name in zip(row, names, strict=True)
         if span.stop > span.start
@@ -91,11 +97,11 @@ def svg(timeline: Timeline) -> str:
     label = max(len(_label(schedule, span)) for _, span in spans)
     scale = (10 + 7 * label) / shortest  # pixels a time unit
     left, top = 70, 84
-    width = max(left + timeline.makespan * scale + 24, 560)
+    width = max(left + timeline.makespan * scale + 24, 620)
     bottom = top + _LINE * schedule.num_ranks
     title = (
-        f"{schedule.name}: {schedule.num_stages} stages, {schedule.num_micro_batches} micro-batches, "
-        f"bubble {timeline.bubble_fraction:.1%}"
+        f"{schedule.name}: {schedule.num_stages} stages on {schedule.num_ranks} ranks, "
+        f"{schedule.num_micro_batches} micro-batches, bubble {timeline.bubble_fraction:.1%}"
     )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{bottom + 42}" '
@@ -103,7 +109,7 @@ def svg(timeline: Timeline) -> str:
         f"<title>{escape(title)}</title>",
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{left}" y="28" font-size="17" font-weight="bold" fill="#1f2933">{escape(title)}</text>',
-        *_svg_legend({action.kind for _, span in spans for action in span.cell.actions}, left),
+        *_svg_legend(schedule, {action.kind for _, span in spans for action in span.cell.actions}, left),
     ]
     for rank in range(schedule.num_ranks):
         y = top + _LINE * rank
@@ -121,8 +127,8 @@ def _svg_box(x: float, y: float, width: float, fill: str) -> str:
     return f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LINE - 6}" fill="{fill}"/>'
 
 
-def _svg_legend(kinds: set[Kind], left: float) -> list[str]:
-    """One swatch for each kind that occurs, and one for idle time."""
+def _svg_legend(schedule: Schedule, kinds: set[Kind], left: float) -> list[str]:
+    """One swatch for each kind that occurs, one for idle time, and what the shades are where there are any."""
     parts = []
     entries = [entry for kind, entry in _COLORS.items() if kind in kinds] + [(_IDLE, "idle")]
     for color, name in entries:
@@ -131,6 +137,8 @@ def _svg_legend(kinds: set[Kind], left: float) -> list[str]:
         )
         parts.append(f'<text x="{left + 20}" y="57" fill="#1f2933">{name}</text>')
         left += 40 + 7 * len(name)
+    if schedule.num_stages > schedule.num_ranks:
+        parts.append(f'<text x="{left}" y="57" fill="#52606d">darker: a later stage of the rank</text>')
     return parts
 
 
@@ -144,7 +152,7 @@ def _svg_span(schedule: Schedule, span: Span, left: float, y: float, scale: floa
         top = y + index * height
         parts.append(
             f'<rect x="{x + 0.5:.2f}" y="{top:.2f}" width="{max(width - 1, 0.5):.2f}" height="{height:.2f}" '
-            f'rx="3" fill="{_COLORS[action.kind][0]}">'
+            f'rx="3" fill="{_color(schedule, action)}">'
             f"<title>{action}: {span.start:g} to {span.stop:g}</title></rect>"
         )
         name = _label(schedule, Span(action, span.start, span.stop))
@@ -154,6 +162,14 @@ def _svg_span(schedule: Schedule, span: Span, left: float, y: float, scale: floa
             f'text-anchor="middle" fill="white">{name}</text>'
         )
     return parts
+
+
+def _color(schedule: Schedule, action: Action) -> str:
+    """The colour of an action's kind, the darker the later its stage among those of a rank."""
+    color = _COLORS[action.kind][0]
+    chunk, last_chunk = action.stage // schedule.num_ranks, (schedule.num_stages - 1) // schedule.num_ranks
+    light = 1 - 0.4 * chunk / max(last_chunk, 1)
+    return "#" + "".join(f"{round(int(color[i : i + 2], 16) * light):02x}" for i in (1, 3, 5))
 
 
 def _svg_axis(makespan: float, scale: float, left: float, y: float) -> list[str]:
@@ -186,7 +202,9 @@ def main(argv: list[str]) -> int:
             raise ScheduleError(f"--{name} is not a duration", found=getattr(arguments, name), allowed="> 0")
     schedule = _find(arguments)
     verify(schedule)
-    timeline = simulate(schedule, equal_costs(schedule.num_stages, forward=arguments.f, backward=arguments.b))
+    share = schedule.num_ranks / schedule.num_stages  # of a rank's work, in one stage
+    costs = equal_costs(schedule.num_stages, forward=arguments.f * share, backward=arguments.b * share)
+    timeline = simulate(schedule, costs)
     if arguments.svg is not None:
         _write(arguments.svg, svg(timeline))
     sys.stdout.write(_report(arguments, timeline))
@@ -202,10 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", type=int, metavar="P", help="pipeline ranks (a file says so itself)")
     parser.add_argument("--micro-batches", type=int, metavar="M", help="micro-batches a step (likewise)")
     parser.add_argument("--chunks", type=int, metavar="V", help="stages that each rank holds (default 1)")
-    parser.add_argument("--f", type=float, default=1.0, metavar="TIME", help="forward of a stage (default 1)")
-    parser.add_argument(
-        "--b", type=float, default=2.0, metavar="TIME", help="backward of a stage (default 2)"
-    )
+    for name, default, what in (("--f", 1.0, "forward"), ("--b", 2.0, "backward")):
+        text = f"{what} of a micro-batch on all stages of a rank (default {default:g})"
+        parser.add_argument(name, type=float, default=default, metavar="TIME", help=text)
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw it into this file as well")
     return parser
 
@@ -240,11 +257,12 @@ def _find(arguments: argparse.Namespace) -> Schedule:
         for option in ("--stages", "--micro-batches"):
             if wanted[option] is None:
                 raise ScheduleError(f"schedule {name} needs {option}", allowed="a number >= 1")
+    num_chunks = 1 if arguments.chunks is None else arguments.chunks
     return build(
         name,
-        num_stages=arguments.stages,
+        num_stages=arguments.stages * num_chunks,
         num_micro_batches=arguments.micro_batches,
-        num_chunks=1 if arguments.chunks is None else arguments.chunks,
+        num_chunks=num_chunks,
     )
 
 
@@ -270,9 +288,17 @@ def _report(arguments: argparse.Namespace, timeline: Timeline) -> str:
         f"bubble       {timeline.bubble_fraction:.1%}, {spread} of {timeline.makespan:g} on each rank",
     ]
     if recipe := SCHEDULES.get(arguments.name):
-        bubble = recipe.bubble(schedule.num_stages, num_micro_batches, forward, backward)
-        fraction = bubble / (bubble + num_micro_batches * (forward + backward))
-        lines.append(f"closed form  {fraction:.1%}, {recipe.bubble_formula} = {bubble:g}")
+        num_chunks = schedule.num_stages // num_ranks
+        bubble = recipe.bubble(
+            num_ranks, num_micro_batches, num_chunks=num_chunks, forward=forward, backward=backward
+        )
+        if bubble is None:
+            lines.append(
+                f"closed form  none: {num_micro_batches} micro-batches are no multiple of {num_ranks}"
+            )
+        else:
+            fraction = bubble / (bubble + num_micro_batches * (forward + backward))
+            lines.append(f"closed form  {fraction:.1%}, {recipe.bubble_formula} = {bubble:g}")
     lines += [
         f"live peak    {' '.join(map(str, timeline.peak_live))} micro-batches of a stage, rank by rank",
         f"proven       work, order, messages, reductions, no deadlock on {len(Transport)} transports",

@@ -22,6 +22,16 @@ ONE_F_ONE_B = """\
 2 |....F0F1....B0--F2B1--F3B2--F4B3--F5B4--F6B5--F7B6--..B7--........
 3 |......F0B0--F1B1--F2B2--F3B3--F4B4--F5B5--F6B6--F7B7--............"""
 
+INTERLEAVED = """\
+0 |0F0-0F1-2F0-2F1-0F2-....2B0-----0F3-2B1-----2F2-
+1 |....1F0-1F1-3F0-3B0-----3F1-3B1-----1F2-1B0-----
+
+0 |0B0-----2F3-0B1-----....2B2-----....2B3-----0B2-
+1 |1F3-1B1-----3F2-3B2-----3F3-3B3-----1B2-----1B3-
+
+0 |----0B3-----
+1 |----........"""
+
 PAIRS = (
     "schedule pairs\nmicro_batches 2\nplacement 0 1 1 0\nmax_live 4 4\n"
     "rank 0: 0F0 3F0 (0F1+3B0) 3F1 3I1 0B0 3W1 0B1\nrank 1: 1F0 2F0 2B0 1F1 2F1 1B0 2B1 1B1\n"
@@ -61,6 +71,17 @@ def test_idle_columns_are_the_bubble() -> None:
         assert line.count(".") == 2 * 9  # two columns a time unit
 
 
+def test_stages_of_a_rank_are_told_apart_and_no_label_is_cut() -> None:
+    schedule = build("interleaved", num_stages=4, num_micro_batches=4, num_chunks=2)
+    drawn = simulate(schedule, equal_costs(4))
+    assert text_grid(drawn, width=54) == INTERLEAVED
+    fills = [box.attrib["fill"] for box in boxes(svg(drawn))]
+    assert {fills.count(color) for color in fills} == {8}  # F and B in two shades, stages 0 and 1 alike
+    assert len(set(fills)) == 4
+    assert "darker: a later stage" in svg(drawn)
+    assert "darker" not in svg(timeline("one_f_one_b", 4, 8))
+
+
 def test_cells_with_stage_names_and_pairs() -> None:
     grid = text_grid(pairs())
     assert "(0F1+3B0)" in grid and "3W1" in grid
@@ -80,7 +101,7 @@ def test_svg_is_well_formed_and_to_scale() -> None:
     assert len(found) == 4 * 8 * 2
     widths = sorted({round(float(box.attrib["width"]) + 1, 1) for box in found})
     assert len(widths) == 2 and widths[1] == pytest.approx(2 * widths[0], abs=0.1)
-    assert "one_f_one_b: 4 stages, 8 micro-batches, bubble 27.3%" in text
+    assert "one_f_one_b: 4 stages on 4 ranks, 8 micro-batches, bubble 27.3%" in text
     for word in ("forward (F)", "backward (B)", "idle", "rank 3", "time"):
         assert f">{word}<" in text
     assert "weight gradient" not in text
@@ -111,6 +132,24 @@ def test_verb_prints_everything(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(boxes(picture.read_text())) == 64
 
 
+@pytest.mark.parametrize(
+    ("micro_batches", "bubble", "closed_form"),
+    [
+        (8, "15.8%, 4.5 of 28.5 on each rank", "15.8%, (p-1)(F+B)/v = 4.5"),
+        (6, "26.5%, 6.5 of 24.5 on each rank", "none: 6 micro-batches are no multiple of 4"),
+    ],
+)
+def test_verb_interleaves(
+    micro_batches: int, bubble: str, closed_form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--stages counts ranks; F and B are a rank's, so that schedules of the same work compare."""
+    assert main(f"interleaved --stages 4 --chunks 2 --micro-batches {micro_batches}".split()) == 0
+    out = capsys.readouterr().out
+    assert f"interleaved: 8 stages on 4 ranks, {micro_batches} micro-batches, F = 1, B = 2" in out
+    assert f"bubble       {bubble}\nclosed form  {closed_form}\n" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
 @pytest.mark.parametrize("lowered", [False, True])
 def test_verb_takes_a_file(lowered: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     schedule = build("gpipe", num_stages=3, num_micro_batches=4)
@@ -133,6 +172,8 @@ def test_verb_takes_a_file(lowered: bool, tmp_path: Path, capsys: pytest.Capture
         ("gpipe --stages 2 --micro-batches -1", "at least one of its micro-batches"),
         ("gpipe --stages 2 --micro-batches 2 --chunks 2", "one stage a rank"),
         ("gpipe --stages 2 --micro-batches 2 --chunks 0", "one stage a rank"),
+        ("interleaved --stages 2 --micro-batches 2 --chunks 0", "at least one of its chunks"),
+        ("interleaved --stages 0 --micro-batches 2 --chunks 2", "at least one of its stages"),
         ("gpipe --stages 2 --micro-batches 2 --f 0", "--f is not a duration"),
         ("gpipe --stages 2 --micro-batches 2 --b nan", "--b is not a duration"),
         ("gpipe --stages 2 --micro-batches 2 --svg absent/a.svg", "cannot be written"),

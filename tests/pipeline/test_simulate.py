@@ -24,7 +24,7 @@ def test_bubble_and_peak_equal_the_closed_forms(name: str) -> None:
         forward, backward = random_.uniform(0.1, 5), random_.uniform(0.1, 5)
         schedule = build(name, num_stages=p, num_micro_batches=m)
         timeline = simulate(schedule, equal_costs(p, forward=forward, backward=backward))
-        bubble = SCHEDULES[name].bubble(p, m, forward, backward)
+        bubble = SCHEDULES[name].bubble(p, m, num_chunks=1, forward=forward, backward=backward)
         assert bubble == pytest.approx((p - 1) * (forward + backward), rel=1e-12)
         assert timeline.idle == pytest.approx([bubble] * p, abs=1e-9)
         assert timeline.makespan == pytest.approx((m + p - 1) * (forward + backward), abs=1e-9)
@@ -32,18 +32,42 @@ def test_bubble_and_peak_equal_the_closed_forms(name: str) -> None:
         assert timeline.peak_live == schedule.max_live
 
 
+def test_interleaving_divides_the_bubble_by_the_chunks() -> None:
+    """(p-1)(F+B)/v on every rank for whole rounds, F and B of a rank; else no closed form is claimed."""
+    random_ = random.Random(5)
+    for _ in range(60):
+        p, v = random_.randint(1, 6), random_.randint(2, 4)
+        m = p * random_.randint(1, 4)
+        forward, backward = random_.uniform(0.1, 5), random_.uniform(0.1, 5)
+        schedule = build("interleaved", num_stages=p * v, num_micro_batches=m, num_chunks=v)
+        costs = equal_costs(p * v, forward=forward / v, backward=backward / v)
+        timeline = simulate(schedule, costs)
+        closed_form = SCHEDULES["interleaved"].bubble
+        bubble = closed_form(p, m, num_chunks=v, forward=forward, backward=backward)
+        assert bubble == pytest.approx((p - 1) * (forward + backward) / v, rel=1e-12)
+        assert timeline.idle == pytest.approx([bubble] * p, abs=1e-9)
+        assert timeline.peak_live == schedule.max_live
+        if p > 1:
+            assert closed_form(p, m + 1, num_chunks=v, forward=forward, backward=backward) is None
+
+
 def longest_path(schedule: Schedule, costs: Costs) -> float:
     """Makespan by relaxing every edge until nothing moves: row order, data, latency. Single B only."""
     ranks = {(a.kind, a.stage, a.micro_batch): r for r, _, cell in schedule.cells() for a in cell.actions}
     edges: list[tuple[Action, Action, float]] = []
+
+    def hop(kind: Kind, m: int, source: int, target: int) -> tuple[Action, Action, float]:
+        is_local = ranks[kind, source, m] == ranks[kind, target, m]
+        return Action(kind, source, m), Action(kind, target, m), 0.0 if is_local else costs.latency
+
     for row in schedule.rows:
         actions = [action for cell in row for action in cell.actions]
         edges += [(a, b, 0.0) for a, b in itertools.pairwise(actions)]
     for kind, stage, m in ranks:
         if kind is Kind.F and stage + 1 < schedule.num_stages:
-            edges.append((Action(Kind.F, stage, m), Action(Kind.F, stage + 1, m), costs.latency))
+            edges.append(hop(kind, m, stage, stage + 1))
         if kind is Kind.B and stage > 0:
-            edges.append((Action(Kind.B, stage, m), Action(Kind.B, stage - 1, m), costs.latency))
+            edges.append(hop(kind, m, stage, stage - 1))
 
     def cost(action: Action) -> float:
         return (costs.forward if action.kind is Kind.F else costs.backward)[action.stage]
@@ -58,21 +82,21 @@ def longest_path(schedule: Schedule, costs: Costs) -> float:
     return max(start[action] + cost(action) for action in start)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_uneven_costs_and_latency_equal_the_longest_path(name: str) -> None:
+@pytest.mark.parametrize(("name", "num_chunks"), [*((name, 1) for name in SCHEDULES), ("interleaved", 3)])
+def test_uneven_costs_and_latency_equal_the_longest_path(name: str, num_chunks: int) -> None:
     random_ = random.Random(name)
     for _ in range(20):
         p, m = random_.randint(1, 5), random_.randint(1, 6)
-        draws = [[random_.uniform(0.1, 3) for _ in range(p)] for _ in range(3)]
+        draws = [[random_.uniform(0.1, 3) for _ in range(p * num_chunks)] for _ in range(3)]
         costs = split_costs(
             draws[0], input_gradient=draws[1], weight_gradient=draws[2], latency=random_.uniform(0, 1)
         )
-        schedule = build(name, num_stages=p, num_micro_batches=m)
+        schedule = build(name, num_stages=p * num_chunks, num_micro_batches=m, num_chunks=num_chunks)
         timeline = simulate(schedule, costs)
         assert timeline.makespan == pytest.approx(longest_path(schedule, costs), abs=1e-9)
-        for stage in range(p):
-            work = m * (costs.forward[stage] + costs.backward[stage])
-            assert timeline.idle[stage] == pytest.approx(timeline.makespan - work, abs=1e-9)
+        for rank in range(p):
+            work = m * sum(costs.forward[s] + costs.backward[s] for s in schedule.stages_of(rank))
+            assert timeline.idle[rank] == pytest.approx(timeline.makespan - work, abs=1e-9)
         lowered = simulate(lower(schedule), costs)
         assert (lowered.spans, lowered.idle, lowered.peak_live) == (
             timeline.spans,
@@ -100,12 +124,7 @@ def spans_idle(timeline: Timeline) -> list[float]:
 
 
 def test_schedules_to_come_have_their_known_bubbles(torch_schedule: Callable[..., Schedule]) -> None:
-    """Published values: interleaving divides the bubble by v, ZB-V has none at F = I = W, and the peaks."""
-    chunks = equal_costs(8, forward=0.5, backward=1.0)
-    interleaved = simulate(torch_schedule("Interleaved1F1B", 4, 8, 2), chunks)
-    assert interleaved.idle == pytest.approx([3 * 3 / 2] * 4, abs=1e-9)
-    assert interleaved.bubble_fraction == pytest.approx(0.158, abs=5e-4)
-    assert interleaved.peak_live == tuple(2 * (4 - 1 - r) + 4 + 1 for r in range(4))
+    """Published values: ZB-V has no bubble at F = I = W, and the peaks."""
     zbv = simulate(torch_schedule("ZBVZeroBubble", 4, 12, 2), equal_costs(8, forward=1, backward=2))
     assert spans_idle(zbv) == pytest.approx([0.0] * 4, abs=1e-9)
     assert max(zbv.peak_live) == 8

@@ -63,6 +63,10 @@ def give(source: int, text: str, target: int) -> Callable[[Schedule], Schedule]:
     return lambda schedule: change(drop(source, text)(schedule), target, lambda row: row.insert(0, text))
 
 
+def send_past_the_end(schedule: Schedule) -> Schedule:
+    return add(3, f"{schedule.num_stages - 1}SEND_F0")(schedule)
+
+
 def lower_bound(rank: int) -> Callable[[Schedule], Schedule]:
     def spoil(schedule: Schedule) -> Schedule:
         bounds = list(schedule.max_live)
@@ -78,10 +82,10 @@ class Mutation:
     spoil: Callable[[Schedule], Schedule]
     message: str
     marked: str
-    """What else the message must hold: the place in the grid."""
+    """What else the message must hold: the place in the grid. In both texts {last} is the last stage."""
 
 
-# On both schedules with 4 stages and 6 micro-batches, lowered.
+# On schedules of 4 ranks and 6 micro-batches, lowered; stages 0 to 3 are on the ranks of these numbers.
 MUTATIONS = (
     Mutation("F dropped", drop(1, "1F2"), "1F2 is missing", "[end]"),
     Mutation("B dropped", drop(3, "3B5"), "3B5 is missing", "[end]"),
@@ -92,7 +96,7 @@ MUTATIONS = (
     Mutation("B without its W: half split", rename(1, "1B2", "1I2"), "1W2 is missing", "[end]"),
     Mutation("W beside B", add(1, "1W2"), "1B2 stands beside 1I2 or 1W2", "[1B2]"),
     Mutation("F and B swapped", swap(3, "3F1", "3B1"), "3F1 does not stand before 3B1", "[3F1]"),
-    Mutation("stage that does not exist", rename(0, "0F0", "4F0"), "4F0 names a stage", "[4F0]"),
+    Mutation("stage that does not exist", rename(0, "0F0", "8F0"), "8F0 names a stage", "[8F0]"),
     Mutation("micro-batch that does not exist", rename(2, "2B5", "2B6"), "2B6 names", "[2B6]"),
     Mutation("SEND dropped", drop(0, "0SEND_F3"), "0SEND_F3 is missing", "[end]"),
     Mutation("RECV dropped", drop(2, "2RECV_B1"), "2RECV_B1 is missing", "[end]"),
@@ -108,7 +112,7 @@ MUTATIONS = (
              "rank 2  | [1RECV_F0]"),
     Mutation("SEND to a wrong peer", rename(1, "1SEND_F0", "1SEND_B0"), "1SEND_F0 is missing", "[end]"),
     Mutation("RECV from a wrong peer", rename(2, "2RECV_F1", "2RECV_B1"), "2RECV_F1 is missing", "[end]"),
-    Mutation("SEND past the last stage", add(3, "3SEND_F0"), "3SEND_F0 carries nothing", "[3SEND_F0]"),
+    Mutation("SEND past the last stage", send_past_the_end, "{last}SEND_F0 carries nothing", "[{last}SEND_F0]"),
     Mutation("gradient SEND before the first stage", add(0, "0SEND_B0"), "0SEND_B0 carries nothing",
              "[0SEND_B0]"),
     Mutation("RECV of the first stage", add(0, "0RECV_F0"), "0RECV_F0 carries nothing", "[0RECV_F0]"),
@@ -126,23 +130,27 @@ MUTATIONS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+CASES = (*((name, 1) for name in SCHEDULES if name != "interleaved"), ("interleaved", 2))
+"""Schedules with their chunks a rank."""
+
+
+@pytest.mark.parametrize(("name", "num_chunks"), CASES)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
-def test_mutations_are_refused(name: str, mutation: Mutation) -> None:
-    good = lower(build(name, num_stages=4, num_micro_batches=6))
+def test_mutations_are_refused(name: str, num_chunks: int, mutation: Mutation) -> None:
+    good = lower(build(name, num_stages=4 * num_chunks, num_micro_batches=6, num_chunks=num_chunks))
     verify(good)
     with pytest.raises(ScheduleError) as caught:
         verify(mutation.spoil(good))
-    message = str(caught.value)
-    assert message.startswith(f"schedule {name}: {mutation.message}")
-    assert mutation.marked in message
+    message, last = str(caught.value), good.num_stages - 1
+    assert message.startswith(f"schedule {name}: {mutation.message.format(last=last)}")
+    assert mutation.marked.format(last=last) in message
     assert message.count("rank 3  |") == 1
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_no_action_can_be_spared_or_repeated(name: str) -> None:
+@pytest.mark.parametrize(("name", "num_chunks"), CASES)
+def test_no_action_can_be_spared_or_repeated(name: str, num_chunks: int) -> None:
     """Exhaustively: each cell of the lowered schedule dropped, and doubled at a random other place."""
-    good = lower(build(name, num_stages=3, num_micro_batches=4))
+    good = lower(build(name, num_stages=3 * num_chunks, num_micro_batches=4, num_chunks=num_chunks))
     random_ = random.Random(7)
     for rank, index, cell in good.cells():
         row = good.rows[rank]
@@ -180,26 +188,27 @@ def runs_blocking(schedule: Schedule) -> bool:
             else:
                 letter, step = ("F", 1) if kind in (Kind.SEND_F, Kind.RECV_F) else ("B", -1)
                 source = s if kind.is_send else s - step
-                peer = s + step if kind.is_send else source
+                other_stage = s + step if kind.is_send else source
                 ends = {Kind.SEND_F: Kind.RECV_F, Kind.RECV_F: Kind.SEND_F,
                         Kind.SEND_B: Kind.RECV_B, Kind.RECV_B: Kind.SEND_B}  # fmt: skip
-                other = Action(ends[kind], peer, m)
+                other, peer = Action(ends[kind], other_stage, m), schedule.placement[0][other_stage]
                 if not rows[peer] or rows[peer][0] != other:
                     continue
                 sender = rank if kind.is_send else peer
                 if (sender, letter, source, m) not in values:
                     return False
-                values.add((source + step, letter, source, m))
+                values.add((rank if kind.is_receive else peer, letter, source, m))
                 rows[peer].pop(0)
             row.pop(0)
             moved = True
     return not any(rows)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_random_disorder_is_judged_as_running_it_would(name: str) -> None:
+@pytest.mark.parametrize(("name", "num_chunks"), CASES)
+def test_random_disorder_is_judged_as_running_it_would(name: str, num_chunks: int) -> None:
     """Two cells of a row swapped, neighbours or not: `verify` accepts exactly what runs to its end."""
-    good = replace(lower(build(name, num_stages=3, num_micro_batches=3)), max_live=(3, 3, 3))
+    good = build(name, num_stages=3 * num_chunks, num_micro_batches=3, num_chunks=num_chunks)
+    good = replace(lower(good), max_live=(3 * num_chunks,) * 3)
     random_ = random.Random(3)
     accepted = 0
     for _ in range(300):
