@@ -287,3 +287,31 @@ def test_start_says_what_zero_2_costs() -> None:
 
     ((line,),) = run_ranks(work, 1)
     assert "ZeRO-2" in line and "gradients are whole on each, in float32" in line and "in bf16" in line
+
+
+def _keep_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = deepspeed_zero.deepspeed_config
+    monkeypatch.setattr(
+        deepspeed_zero, "deepspeed_config", lambda config: right(config) | {"gradient_allreduce_op": "mean"}
+    )
+
+
+def _forget_the_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_zero, "all_reduce_", lambda tensor, group: tensor)
+
+
+def _forget_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_zero, "clip_factor", lambda norm, limit: torch.ones_like(norm))
+
+
+@pytest.mark.parametrize("mutation", [_keep_the_mean, _forget_the_tie, _forget_the_clip])
+def test_a_broken_engine_is_seen(mutation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutation(monkeypatch)
+    try:
+        got = run_case(TIED, replace(DS, pipeline=2, data=2, zero=2), precision="fp32", steps=1)
+    except AssertionError as error:
+        assert "ranks disagree" in str(error)
+    else:
+        reference = _alone("gpt", "fp64")
+        errors = gradient_error(got.gradients, reference.gradients)
+        assert max(*errors.values(), abs(got.norms[0] / reference.norms[0] - 1)) > 1e-3
