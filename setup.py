@@ -111,13 +111,13 @@ class BuildKernels(build_ext):
         return {}
 
 
-EXTRAS = {
-    "hf": ["safetensors>=0.4", "transformers>=5"],
-    "tensorboard": ["tensorboard>=2.16"],
-    "mpi": ["mpi4py>=4", "mpich>=4"],
-    "deepspeed": ["deepspeed>=0.19.8", "ninja"],
-}
-TESTS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11"]
+EXTRAS = (
+    ("hf", ("safetensors>=0.4", "transformers>=5")),
+    ("tensorboard", ("tensorboard>=2.16",)),
+    ("mpi", ("mpi4py>=4", "mpich>=4")),
+    ("deepspeed", ("deepspeed>=0.19.8", "ninja")),
+)
+TESTS = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11")
 
 setup(
     name="megads",
@@ -141,5 +141,8 @@ setup(
         "sentencepiece>=0.2",
         "pyarrow>=15",
     ],
-    extras_require={**EXTRAS, "dev": [*TESTS, *(need for needs in EXTRAS.values() for need in needs)]},
+    extras_require={
+        **{name: list(needs) for name, needs in EXTRAS},
+        "dev": [*TESTS, *(need for _, needs in EXTRAS for need in needs)],
+    },
 )
