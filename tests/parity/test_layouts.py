@@ -46,8 +46,9 @@ OTHER_MODELS = (
 )
 OTHER_CASES = (
     Case(tensor=2, pipeline=2, micro=4, zero=1),
-    Case(data=2, micro=2),
+    Case(data=2, micro=2, recompute=("attention", "mlp")),
     Case(tensor=4, micro=7),
+    Case(tensor=2, micro=4, sequence=True, recompute="full"),
 )
 
 
