@@ -39,8 +39,6 @@ def test_explain_needs_no_torch() -> None:
 @pytest.mark.parametrize("verb", top.VERBS)
 def test_every_verb_is_there(verb: str) -> None:
     module, _, function = top.VERBS[verb][0].partition(":")
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not written yet")
     assert callable(getattr(importlib.import_module(module), function))
 
 

@@ -62,7 +62,7 @@ def _control(rank: int, size: int) -> Control:
 def test_a_directory_that_cannot_be_made_is_left_to_the_write_test(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with locked(tmp_path / "file" / "run", control=ALONE):
-        pass
+        assert (tmp_path / "file").is_file()
 
 
 def test_a_file_system_without_locks_is_said_aloud(
