@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -80,7 +81,7 @@ class DeepSpeedEngine:
             bucket.initial = None
         size = sum(bucket.gradients.numel() * bucket.gradients.element_size() for bucket in self._buckets)
         _log.info(
-            "DeepSpeed ZeRO-%d: optimizer state is sharded over %d ranks; gradients are whole on each, in float32 "
+            "DeepSpeed ZeRO-%d: optimizer state is cut into %d; gradients are whole on each, in float32 "
             "(%.2f GiB on this rank), and reach DeepSpeed in %s",
             config.zero_stage,
             mesh.group("dp_cp").size,
@@ -282,6 +283,7 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
             do='pip install -e ".[deepspeed]", or optim.engine=native',
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     if device.type == "cpu":
         # a kernel for inference, which DeepSpeed would compile here for half a minute, and fail without a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
