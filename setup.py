@@ -115,7 +115,7 @@ EXTRAS = (
     ("hf", ("safetensors>=0.4", "transformers>=5")),
     ("tensorboard", ("tensorboard>=2.16",)),
     ("mpi", ("mpi4py>=4", "mpich>=4")),
-    ("deepspeed", ("deepspeed>=0.19.8", "ninja")),
+    ("deepspeed", ("deepspeed>=0.19.8,<0.20", "ninja")),
 )
 TESTS = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11")
 
