@@ -59,7 +59,7 @@ FORBIDDEN_CALLS = (
 # These, and everything of megads that they import, need no torch.
 WITHOUT_TORCH = (
     "megads/__main__.py", "megads/errors.py", "megads/log.py", "megads/config/*.py",
-    "megads/assemble/rules.py", "megads/parallel/layout.py", "megads/parallel/shard.py",
+    "megads/assemble/rules*.py", "megads/assemble/finding.py", "megads/parallel/layout.py", "megads/parallel/shard.py",
     "megads/data/order.py", "megads/pipeline/action.py",
     "megads/pipeline/schedules.py", "megads/pipeline/lower.py", "megads/pipeline/verify.py",
     "megads/pipeline/simulate.py", "megads/pipeline/partition.py", "megads/pipeline/render.py",

@@ -39,7 +39,10 @@ def layout_of(config: Config, world_size: int) -> Layout:
     return Layout.fit(
         world_size,
         tensor=parallel.tensor,
+        context=parallel.context,
         pipeline=parallel.pipeline,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         virtual_stages=parallel.virtual_stages,
     )
 
@@ -93,6 +96,7 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
         initial_dtype(config.optim.precision),
         config.run.seed,
         sequence_parallel=config.parallel.sequence,
+        context_kind=config.parallel.context_kind,
     )
     ranges = partition(spec.block_costs, mesh.layout.num_stages)
     mine = {s: range(*r) for s, r in enumerate(ranges) if s % mesh.layout.pipeline == mesh.group("pp").rank}

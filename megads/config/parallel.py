@@ -19,6 +19,15 @@ class ParallelConfig:
     """Let a tensor-parallel group span hosts, for hosts whose network is as fast as their inner links."""
     sequence: bool = False
     """Sequence parallelism: cut activations between tensor-parallel regions along the sequence (less memory)."""
+    context: PositiveInt = 1
+    """Context-parallel degree: ranks that share every sequence, in zig-zag chunks of equal causal work."""
+    context_kind: Literal["ring", "ulysses", "all_gather"] = "ring"
+    """How attention meets the other ranks' tokens: keys travel round a ring, heads are exchanged (all-to-all), or all
+    keys are gathered."""
+    expert: PositiveInt = 1
+    """Expert-parallel degree, over tensor x context x data ranks: how many ways the experts of a layer are dealt."""
+    expert_tensor: PositiveInt | None = None
+    """Tensor-parallel degree of one expert; null: `parallel.tensor`."""
     pipeline: PositiveInt = 1
     """Pipeline-parallel degree: stages that the layers are dealt to."""
     virtual_stages: PositiveInt = 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -22,6 +23,9 @@ from megads.parallel.shard import (
     local_shape,
     regions,
 )
+from megads.parallel.weight_queue import WeightQueue
+
+ContextKind = Literal["ring", "ulysses", "all_gather"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,8 @@ class Scope:
     With `sequence_parallel`, activations between tensor-parallel regions are cut along the sequence.
 
     Modules declare their parameters through it. Parameters that are tied and live in the same process are one object:
-    `ties` remembers them while a model is built.
+    `ties` remembers them while a model is built. Layers put the computing of their weight gradients into `queue`;
+    `context_kind` is how attention meets tokens of other context-parallel ranks.
     """
 
     mesh: Mesh
@@ -71,6 +76,8 @@ class Scope:
     name: str = ""
     sequence_parallel: bool = False
     ties: dict[str, ShardedParameter] = field(default_factory=dict)
+    queue: WeightQueue = field(default_factory=WeightQueue)
+    context_kind: ContextKind = "ring"
 
     @property
     def partial(self) -> tuple[str, ...]:

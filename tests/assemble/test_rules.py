@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from megads.assemble.deepspeed_keys import OWNED
-from megads.assemble.rules import RULES, Finding, check, findings, tensor_stays_on_host
+from megads.assemble.finding import Finding
+from megads.assemble.rules import RULES, check, findings
+from megads.assemble.rules_layout import tensor_stays_on_host
 from megads.config.load import load
 from megads.config.root import Config
 from megads.errors import ConfigError

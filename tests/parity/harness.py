@@ -40,6 +40,10 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
+    context_kind: str = "ring"
+    expert: int = 1
+    expert_tensor: int | None = None
     schedule: str = "one_f_one_b"
     zero: int = 0
     engine: str = "native"
@@ -51,7 +55,7 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
     def __str__(self) -> str:
         changed = [
@@ -113,6 +117,10 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
         ),
         parallel=ParallelConfig(
             tensor=case.tensor,
+            context=case.context,
+            context_kind=case.context_kind,
+            expert=case.expert,
+            expert_tensor=case.expert_tensor,
             pipeline=case.pipeline,
             schedule=case.schedule,
             sequence=case.sequence,
