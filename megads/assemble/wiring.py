@@ -24,7 +24,7 @@ from megads.pipeline.action import Schedule
 from megads.pipeline.executor import Executor, forwards
 from megads.pipeline.lower import lower
 from megads.pipeline.partition import partition
-from megads.pipeline.schedules import build
+from megads.pipeline.schedules import build, placement_of
 from megads.pipeline.stage import Stage
 from megads.pipeline.transport import TensorSpec, Transport
 
@@ -44,6 +44,9 @@ def layout_of(config: Config, world_size: int) -> Layout:
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
         virtual_stages=parallel.virtual_stages,
+        placement=placement_of(
+            parallel.schedule, num_ranks=parallel.pipeline, num_chunks=parallel.virtual_stages
+        ),
     )
 
 
@@ -99,7 +102,7 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
         context_kind=config.parallel.context_kind,
     )
     ranges = partition(spec.block_costs, mesh.layout.num_stages)
-    mine = {s: range(*r) for s, r in enumerate(ranges) if s % mesh.layout.pipeline == mesh.group("pp").rank}
+    mine = {stage: range(*ranges[stage]) for stage in mesh.layout.stages_of(mesh.group("pp").rank)}
     recompute = config.parallel.recompute
     model = Model(spec, make_blocks(scope, spec, stages=mine, recompute=recompute), config.parallel.sequence)
     for parameter in model.parameters:

@@ -73,6 +73,7 @@ class Generator:
         self._multiple = mesh.group("tp").size if model.is_sequence_parallel else 1
         self._pipeline = mesh.group("pp")
         self._transport = Transport(self._pipeline, mesh.device)
+        self._rank_of_head = mesh.layout.pipeline_rank_of(mesh.layout.num_stages - 1)
 
     @torch.no_grad()
     def extend(
@@ -90,7 +91,7 @@ class Generator:
             token = torch.zeros(1, dtype=torch.int64, device=self._mesh.device)
             if logits is not None:
                 token += pick_token(logits, sampling, generator=draw)
-            broadcast_(token, self._pipeline, source=self._pipeline.size - 1)
+            broadcast_(token, self._pipeline, source=self._rank_of_head)
             if token.item() == stop:
                 break
             window.append(int(token.item()))
@@ -116,16 +117,16 @@ class Generator:
         )
         spec = TensorSpec((seq // self._multiple, 1, self._model.spec.hidden), self._model.dtype)
         payload: Payload = ()
-        num_ranks = self._pipeline.size
+        rank_of, own = self._mesh.layout.pipeline_rank_of, self._pipeline.rank
         for stage, blocks in sorted(self._model.stages.items()):
-            if stage > 0 and num_ranks > 1:
-                payload = self._transport.receive((spec,), peer=(stage - 1) % num_ranks).wait()
+            if stage > 0 and (before := rank_of(stage - 1)) != own:
+                payload = self._transport.receive((spec,), peer=before).wait()
             for block in blocks:
                 if isinstance(block, HeadBlock):
                     return block.logits(payload)[0, last]
                 payload = block(payload, batch).payload
-            if num_ranks > 1:
-                self._transport.send(payload, peer=(stage + 1) % num_ranks)
+            if (after := rank_of(stage + 1)) != own:
+                self._transport.send(payload, peer=after)
         self._transport.drain()
         return None
 

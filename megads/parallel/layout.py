@@ -13,7 +13,7 @@ left ("edp"). With expert_tensor = tensor the expert axis splits context x data.
 
 Axes (`AXES`), each a partition of all ranks:
     tp cp dp pp   the four of the grid           dp_cp   ranks that hold the same dense parameters
-    ep etp edp    the experts' grid              ends    first and last pipeline stage (tied parameters)
+    ep etp edp    the experts' grid              ends    those of the first and the last stage (tied parameters)
     model         all ranks of one replica (norms are summed over it)        world   everybody
 """
 
@@ -48,9 +48,11 @@ class Layout:
         expert: expert-parallel degree; expert x expert_tensor must divide tensor x context x data.
         virtual_stages: pipeline stages a rank holds (interleaving); it adds no rank.
         expert_tensor: tensor degree of the experts; None: the same as `tensor`.
+        placement: the pipeline rank of each stage (a schedule says so, `pipeline/schedules.py`); None: stages are
+            dealt in turn, stage s to rank s % pipeline.
 
     Raises:
-        LayoutError: a degree below 1, or an expert grid that does not fit.
+        LayoutError: a degree below 1, an expert grid that does not fit, or a placement of other stages.
     """
 
     tensor: int = 1
@@ -60,6 +62,7 @@ class Layout:
     expert: int = 1
     virtual_stages: int = 1
     expert_tensor: int | None = None
+    placement: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("tensor", "context", "pipeline", "data", "expert", "virtual_stages"):
@@ -75,6 +78,13 @@ class Layout:
                 found=f"{self.expert} x {self.etp_size} with {self.tensor} x {self.context} x {self.data}",
                 allowed=f"a divisor of {self.stage_size}",
             )
+        dealt = sorted(rank for rank in range(self.pipeline) for _ in range(self.virtual_stages))
+        if self.placement is not None and sorted(self.placement) != dealt:
+            raise LayoutError(
+                "layout.placement does not give every pipeline rank its stages",
+                found=self.placement,
+                allowed=f"{self.virtual_stages} stages on each of the ranks 0..{self.pipeline - 1}",
+            )
 
     @classmethod
     def fit(
@@ -87,6 +97,7 @@ class Layout:
         expert: int = 1,
         virtual_stages: int = 1,
         expert_tensor: int | None = None,
+        placement: tuple[int, ...] | None = None,
     ) -> Layout:
         """The layout of `world_size` ranks whose data-parallel degree is what the other degrees leave."""
         used = tensor * context * pipeline
@@ -105,6 +116,7 @@ class Layout:
             expert=expert,
             virtual_stages=virtual_stages,
             expert_tensor=expert_tensor,
+            placement=placement,
         )
 
     @property
@@ -121,6 +133,14 @@ class Layout:
     def num_stages(self) -> int:
         """Number of pipeline stages: pipeline x virtual_stages."""
         return self.pipeline * self.virtual_stages
+
+    def pipeline_rank_of(self, stage: int) -> int:
+        """The pipeline rank that holds `stage`."""
+        return stage % self.pipeline if self.placement is None else self.placement[stage]
+
+    def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
+        """The stages that a pipeline rank holds, ascending."""
+        return tuple(s for s in range(self.num_stages) if self.pipeline_rank_of(s) == pipeline_rank)
 
     @property
     def etp_size(self) -> int:
@@ -157,7 +177,8 @@ class Layout:
     def _group_key(self, axis: str, c: Coordinates) -> object:
         """What ranks of one group have in common."""
         if axis == "ends":
-            inner = None if c.pipeline in (0, self.pipeline - 1) else c.pipeline
+            ends = (self.pipeline_rank_of(0), self.pipeline_rank_of(self.num_stages - 1))
+            inner = None if c.pipeline in ends else c.pipeline
             return (c.tensor, c.context, c.data, inner)
         common = {
             "tp": (c.context, c.data, c.pipeline),

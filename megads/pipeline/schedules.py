@@ -225,6 +225,29 @@ def build(name: str, *, num_stages: int, num_micro_batches: int, num_chunks: int
     return SCHEDULES[name].build(num_stages, num_micro_batches, num_chunks=num_chunks)
 
 
+def placement_of(name: str, *, num_ranks: int, num_chunks: int = 1) -> tuple[int, ...]:
+    """The pipeline rank of each stage under the schedule called `name`: `Layout.placement`, `Schedule.placement[0]`.
+
+    Stages are dealt in turn (p = 2, v = 2: 0 1 0 1), or as a V, so that a rank holds a stage of the way out and
+    its mirror image of the way back, and the first and the last stage are on rank 0:
+
+        rank 0 | 0     5
+        rank 1 |  1   4
+        rank 2 |   2 3
+
+    Args:
+        num_ranks: pipeline ranks, p.
+        num_chunks: stages that each rank holds, v.
+    """
+    dealt = range(num_ranks)
+    if name not in _V_SHAPED:
+        return tuple(dealt) * num_chunks
+    return tuple(rank for chunk in range(num_chunks) for rank in (reversed(dealt) if chunk % 2 else dealt))
+
+
+_V_SHAPED = ("zbv", "dualpipe_v")
+
+
 def read_schedule(path: Path) -> Schedule:
     """Read a schedule from a file in the text form of `action.py`. It is not verified.
 

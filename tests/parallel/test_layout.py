@@ -57,6 +57,21 @@ def test_ends_are_the_first_and_last_stage() -> None:
     assert {g for g in layout.groups("ends") if len(g) > 1} == {(0, 6), (1, 7)}
 
 
+def test_ends_follow_the_placement_of_stages() -> None:
+    """In a V the first and the last stage are on one rank, which sums tied parameters alone."""
+    assert [Layout(pipeline=2, virtual_stages=2).pipeline_rank_of(stage) for stage in range(4)] == [
+        0,
+        1,
+        0,
+        1,
+    ]
+    layout = Layout(data=2, pipeline=3, virtual_stages=2, placement=(0, 1, 2, 2, 1, 0))
+    assert [layout.stages_of(rank) for rank in range(3)] == [(0, 5), (1, 4), (2, 3)]
+    assert all(len(group) == 1 for group in layout.groups("ends") if 0 in group or 1 in group)
+    crossed = Layout(pipeline=3, placement=(1, 0, 2))
+    assert {g for g in crossed.groups("ends") if len(g) > 1} == {(1, 2)}
+
+
 def test_experts_split_context_and_data() -> None:
     layout = Layout(tensor=2, context=2, data=4, expert=4)
     assert layout.groups("ep")[0] == (0, 2, 4, 6)
@@ -66,7 +81,9 @@ def test_experts_split_context_and_data() -> None:
     assert other.groups("ep") == (tuple(range(8)),)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Layout) if f.name != "expert_tensor"])
+@pytest.mark.parametrize(
+    "name", [f.name for f in fields(Layout) if f.name not in ("expert_tensor", "placement")]
+)
 def test_degrees_below_one_are_refused(name: str) -> None:
     with pytest.raises(LayoutError, match=name):
         Layout(**{name: 0})
@@ -81,6 +98,8 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
         Layout().groups("xp")
     with pytest.raises(LayoutError, match=r"0\.\.0"):
         Layout().coordinates(1)
+    with pytest.raises(LayoutError, match=r"1 stages on each of the ranks 0\.\.1"):
+        Layout(pipeline=2, placement=(0, 0))
 
 
 def test_fit_leaves_the_rest_to_data_parallel() -> None:
