@@ -64,18 +64,21 @@ def file_problems(reader: StepReader) -> Sequence[str]:
     return [problem for name in reader.manifest.files if (problem := reader.file_problem(name)) is not None]
 
 
-def prune(directory: str | Path, keep: int | None, *, store: Store | None = None) -> list[Path]:
+def prune(
+    directory: str | Path, keep: int | None, *, keep_every: int | None = None, store: Store | None = None
+) -> list[Path]:
     """Remove all but the `keep` newest committed steps; returns those removed. For one rank, after a commit.
 
-    Damaged steps neither count nor are removed. A step first loses its name, so that a half-removed one is
-    never loaded. A failure is a warning. None: all are kept.
+    Steps that are multiples of `keep_every` stay for ever. Damaged steps neither count nor are removed. A step
+    first loses its name, so that a half-removed one is never loaded. A failure is a warning. None: all are kept.
     """
     if keep is None:
         return []
     store = store or Store()
     removed: list[Path] = []
     try:
-        doomed = list(reversed(committed_steps(directory, store=store)[max(keep, 1) :]))
+        old = committed_steps(directory, store=store)[max(keep, 1) :]
+        doomed = [path for path in reversed(old) if not _stays(path, keep_every)]
     except OSError as error:
         _log.warning("old steps are not removed: %s", describe_failure(error))
         return removed
@@ -88,6 +91,10 @@ def prune(directory: str | Path, keep: int | None, *, store: Store | None = None
         except OSError as error:
             _log.warning("old step %s is not removed: %s", path, describe_failure(error))
     return removed
+
+
+def _stays(path: Path, keep_every: int | None) -> bool:
+    return keep_every is not None and int(path.name.removeprefix("step-")) % keep_every == 0
 
 
 def set_aside_newer(directory: Path, step: int, *, store: Store) -> list[Path]:

@@ -17,6 +17,12 @@ class CheckpointConfig:
     """Save each time this many steps are done, and at the end; null: only at the end."""
     keep: PositiveInt | None = None
     """Newest committed steps that are kept; older ones are deleted after a commit; null: all."""
+    keep_every: PositiveInt | None = None
+    """Steps that are multiples of this are never deleted; null: only `keep` decides."""
+    background: bool = False
+    """Save behind training: it waits for a copy to host memory, not for the disk. Costs host memory for one copy."""
+    on_save_failure: Literal["stop", "go_on"] = "stop"
+    """What to do if storage fails in a save: end the run, or warn and try again at the next save."""
     load: Text = "auto"
     """auto: the newest committed step of `run.dir`, else a fresh start. never: a fresh start, refused if steps are
     there. must: as auto, but refused if nothing is there. Any other text is the path of a run or step directory."""

@@ -7,12 +7,15 @@ process without torch.distributed every call is the identity. Tensors and gradie
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megads.errors import RankError
+
+BACKGROUND_TIMEOUT = timedelta(hours=1)  # ranks write at their own speed, and nobody waits for them
 
 
 class Control:
@@ -27,6 +30,12 @@ class Control:
         self.rank = rank
         self.size = size
         self._handle = handle
+
+    def duplicate(self) -> Control:
+        """Another channel over the same ranks, for a thread that speaks beside this one. All ranks call it."""
+        if self.size == 1:
+            return Control(0, 1)
+        return Control(self.rank, self.size, dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT))
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, in rank order."""

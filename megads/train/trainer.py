@@ -9,7 +9,6 @@ The loop reads step n's numbers while step n + 1 is under way, so the device nev
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import math
 import time
@@ -22,10 +21,10 @@ import torch
 
 from megads import log
 from megads.assemble import rules, source, wiring
+from megads.checkpoint.background import SavePlan, Saver
 from megads.checkpoint.load import resume
 from megads.checkpoint.preflight import check_writable
-from megads.checkpoint.retention import prune
-from megads.checkpoint.save import save
+from megads.config.checkpoint import CheckpointConfig
 from megads.config.load import dump, load
 from megads.config.root import Config
 from megads.data.blend import Segment, extend_history
@@ -70,6 +69,18 @@ def main(argv: Sequence[str]) -> int:
     return SAVED if is_stopped else 0
 
 
+def save_plan(config: CheckpointConfig, directory: Path) -> SavePlan:
+    """What the config says of saving, for steps in `directory`."""
+    return SavePlan(
+        directory,
+        writers_per_node=config.writers_per_node,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        in_background=config.background,
+        stops_on_failure=config.on_save_failure == "stop",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Pending:
     """A step that was issued and whose numbers were not read yet."""
@@ -97,6 +108,7 @@ class Trainer:
         self._executors = wiring.build_executors(config, self._model, mesh=self._mesh)
         self._dir = Path(config.run.dir)
         self._checkpoints = self._dir / "checkpoints"
+        self._saver = Saver(save_plan(config.checkpoint, self._checkpoints), control=control.duplicate())
         self._report = Reporter(self._config, directory=self._dir, speaks=self._speaks)
         self._peak = config.profile.peak_tflops or peak_tflops(device, dtype=self._model.dtype)
         self._last_step = min(config.run.stop_after or config.run.steps, config.run.steps)
@@ -143,6 +155,7 @@ class Trainer:
                     stop=self._stop,
                 )
                 returned = time.perf_counter()
+                self._saver.check()
                 if pending is not None:
                     self._finish(pending, history)
                 pending = _Pending(step, lr, result, started, returned)
@@ -154,6 +167,7 @@ class Trainer:
                 bar.advance()
                 if self._stop.is_agreed:
                     break
+        self._saver.finish()
         self._report.close()
         return step
 
@@ -307,18 +321,10 @@ class Trainer:
             self._report.sample(prompt, tokenizer.decode([*ids.tolist(), *made]), step=step)
 
     def _save(self, step: int, history: tuple[Segment, ...]) -> None:
-        start = time.perf_counter()
-        path = save(
-            self._checkpoints,
+        self._saver.save(
             step,
             pieces=self._engine.state(),
             objects=state.objects(
                 self._config, history, engine=self._engine, tokenizer=self._source.tokenizer.fingerprint
             ),
-            control=self._control,
-            writers_per_node=self._config.checkpoint.writers_per_node,
         )
-        _log.info("saved %s in %.2f s", path, time.perf_counter() - start)
-        if self._speaks:
-            with contextlib.suppress(FileNotFoundError):  # removed by hand meanwhile: nothing to prune
-                prune(self._checkpoints, self._config.checkpoint.keep)

@@ -46,6 +46,11 @@ def test_the_oldest_go(directory: Path, keep: int | None, left: int) -> None:
     assert len(list(directory.iterdir())) == left
 
 
+def test_every_kth_step_stays_for_ever(directory: Path) -> None:
+    assert numbers(prune(directory, 1, keep_every=100)) == [99]
+    assert numbers(committed_steps(directory)) == [123456789, 1000, 100]
+
+
 def test_damaged_steps_neither_count_nor_go(directory: Path) -> None:
     (directory / "step-00001000" / "manifest.json").unlink()
     assert numbers(prune(directory, 2)) == [99]

@@ -118,6 +118,13 @@ def assert_same_bits(home: Home, one: str, other: str, step: int) -> None:
     assert not different
 
 
+def test_steps_saved_behind_training_are_the_same_bits(home: Home, reference: dict[int, float]) -> None:
+    train(home, "behind", LAYOUT, "checkpoint.background=true", "checkpoint.every=1", "run.stop_after=6")
+    assert losses(home, "behind") == {step: reference[step] for step in range(1, 7)}
+    for step in (3, 6):
+        assert_same_bits(home, "behind", "reference", step)
+
+
 CHAIN = (
     (4, LAYOUT),
     (7, Layout(data=4, zero=1, schedule="gpipe", micro=1)),
