@@ -1,4 +1,4 @@
-"""The vocabulary of pipeline schedules: actions, one row of them a rank, and their text form.
+"""The vocabulary of pipeline schedules: actions, and one row of them a rank.
 
 A schedule is data. Each rank runs its row from left to right; ranks wait for each other only where a value
 that crosses a stage boundary has not arrived yet (one_f_one_b, 3 stages, 3 micro-batches):
@@ -7,23 +7,15 @@ that crosses a stage boundary has not arrived yet (one_f_one_b, 3 stages, 3 micr
     rank 1 |     1F0 1F1     1B0 1F2     1B1     1B2            1B2  backward of stage 1 on micro-batch 2
     rank 2 |         2F0 2B0 2F1     2B1 2F2 2B2                (blanks are waiting; they are not written)
 
-As a file (blank lines and lines that begin with # are skipped):
-
-    schedule one_f_one_b
-    micro_batches 3
-    placement 0 1 2              the rank of each stage; `0 1 2 | 2 1 0`: the second half of the
-    max_live 3 2 1               micro-batches runs the other way. Then each rank's bound of live activations,
-    rank 0: 0F0 0F1 0F2 0B0 0B1 0B2
-    rank 1: 1F0 1F1 1B0 1F2 1B1 1B2
-    rank 2: 2F0 2B0 2F1 2B1 2F2 2B2
-
-Builders live in `schedules.py`, sends and receives are added in `lower.py`, proofs are in `verify.py`.
+Schedules are built in `schedules.py`, read and written in `text.py`, get their sends and receives in `lower.py` and
+their proof in `verify.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -218,6 +210,11 @@ class Schedule:
         """Whether the rows say what is sent, received and reduced."""
         return any(not cell.is_compute for row in self.rows for cell in row)
 
+    @property
+    def num_chunks(self) -> int:
+        """The most stages of one direction that a rank holds."""
+        return max(Counter(self.placement[0]).values())
+
     def rank_of(self, stage: int, micro_batch: int) -> int:
         """The rank that computes `stage` for `micro_batch`."""
         return self.placement[micro_batch * len(self.placement) // self.num_micro_batches][stage]
@@ -293,111 +290,21 @@ def _check_shape(schedule: Schedule) -> None:
         )
 
 
-_NUMBER = r"(0|[1-9][0-9]*)"
-_ACTION = re.compile(_NUMBER + r"(?:(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)" + _NUMBER + r"|(REDUCE))")
-_OVERLAP = re.compile(r"\(([^+()]*)\+([^+()]*)\)")
+def make_schedule(
+    name: str, num_micro_batches: int, *, placement: tuple[tuple[int, ...], ...], rows: Sequence[Row]
+) -> Schedule:
+    """A schedule that declares just the live activations that its rows need."""
+    max_live = tuple(max(live_counts(row), default=1) for row in rows)
+    return Schedule(name, num_micro_batches, placement, max_live, tuple(rows))
 
 
-def parse_cell(text: str) -> Cell:
-    """Read the text form of an action or of an overlapped pair; `str()` gives it back.
-
-    Raises:
-        ScheduleError: the text is neither.
-    """
-    if pair := _OVERLAP.fullmatch(text):
-        return Overlap(_parse_action(pair[1]), _parse_action(pair[2]))
-    return _parse_action(text)
-
-
-def _parse_action(text: str) -> Action:
-    match = _ACTION.fullmatch(text)
-    if match is None:
-        raise ScheduleError(
-            "not an action of a schedule",
-            found=repr(text),
-            allowed="stage, kind, micro-batch: 2F0, 1B3, 1I3, 1W3, 0SEND_F2, 1RECV_F2, 1SEND_B2, "
-            "0RECV_B2; 2REDUCE; a pair (0F4+1B2)",
-        )
-    return Action(Kind(match[2] or match[4]), int(match[1]), int(match[3] or 0))
-
-
-def format_schedule(schedule: Schedule) -> str:
-    """The text form of a schedule (see the top of this file); `parse_schedule` gives it back."""
-    lines = [
-        f"schedule {schedule.name}",
-        f"micro_batches {schedule.num_micro_batches}",
-        "placement " + " | ".join(" ".join(map(str, ranks)) for ranks in schedule.placement),
-        "max_live " + " ".join(map(str, schedule.max_live)),
-    ]
-    lines += [f"rank {rank}: " + " ".join(map(str, row)) for rank, row in enumerate(schedule.rows)]
-    return "\n".join(lines) + "\n"
-
-
-def parse_schedule(text: str, source: str = "schedule") -> Schedule:
-    """Read the text form of a schedule (see the top of this file).
-
-    Args:
-        text: the whole text.
-        source: what to call it in errors, such as the file's path.
+def check_counts(num_stages: int, num_micro_batches: int, *, num_chunks: int = 1) -> None:
+    """Refuse counts that no schedule can have.
 
     Raises:
-        ScheduleError: naming source and line, if the text is not well formed.
+        ScheduleError: a count below 1.
     """
-    heads: dict[str, str] = {}
-    rows: list[Row] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip() and not line.strip().startswith("#"):
-            try:
-                _read_line(line.strip(), heads, rows)
-            except ScheduleError as error:
-                raise ScheduleError(f"{source}:{number}: {error}") from None
-    missing = [head for head in _HEADS if head not in heads]
-    if missing or not rows:
-        raise ScheduleError(
-            f"{source}: not a whole schedule",
-            found=f"no line `{missing[0] if missing else 'rank 0: ...'}`",
-            allowed=_FORM,
-        )
-    if len(_parse_numbers(heads["micro_batches"])) != 1:
-        raise ScheduleError(f"{source}: micro_batches needs one number", found=repr(heads["micro_batches"]))
-    return Schedule(
-        name=heads["schedule"],
-        num_micro_batches=_parse_numbers(heads["micro_batches"])[0],
-        placement=tuple(_parse_numbers(ranks) for ranks in heads["placement"].split("|")),
-        max_live=_parse_numbers(heads["max_live"]),
-        rows=tuple(rows),
-    )
-
-
-_HEADS = ("schedule", "micro_batches", "placement", "max_live")
-_FORM = (
-    "schedule NAME; micro_batches 8; placement 0 1 2 3; max_live 4 3 2 1; then rank 0: 0F0 ..., rank 1: ..."
-)
-
-
-def _read_line(line: str, heads: dict[str, str], rows: list[Row]) -> None:
-    """Add one line of a schedule's text to what was read before it."""
-    word, _, rest = line.partition(" ")
-    if word == "rank":
-        rank, _, cells = rest.partition(":")
-        if rank.strip() != str(len(rows)):
-            raise ScheduleError(
-                "rows are numbered from 0 without gaps", found=line[:60], allowed=f"rank {len(rows)}: ..."
-            )
-        rows.append(tuple(parse_cell(cell) for cell in cells.split()))
-        return
-    if word not in _HEADS or word in heads:
-        raise ScheduleError(
-            "line said twice" if word in heads else "unknown line", found=line[:60], allowed=_FORM
-        )
-    if word != "schedule":
-        _parse_numbers(rest.replace("|", " "))
-    heads[word] = rest
-
-
-def _parse_numbers(text: str) -> tuple[int, ...]:
-    words = text.split()
-    bad = [word for word in words if not re.fullmatch(r"[0-9]+", word)]
-    if bad:
-        raise ScheduleError("not a whole number", found=repr(bad[0]), allowed="0, 1, 2, ...")
-    return tuple(map(int, words))
+    counts = (("chunks a rank", num_chunks), ("stages", num_stages), ("micro-batches", num_micro_batches))
+    for what, count in counts:
+        if count < 1:
+            raise ScheduleError(f"a schedule needs at least one of its {what}", found=count, allowed=">= 1")

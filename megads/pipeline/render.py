@@ -17,8 +17,10 @@ from xml.sax.saxutils import escape
 
 from megads.errors import ScheduleError
 from megads.pipeline.action import Action, Kind, Schedule
-from megads.pipeline.schedules import SCHEDULES, build, read_schedule
+from megads.pipeline.closed_form import Sizes, Work
+from megads.pipeline.schedules import SCHEDULES, build
 from megads.pipeline.simulate import Span, Timeline, equal_costs, simulate
+from megads.pipeline.text import read_schedule
 from megads.pipeline.verify import Transport, verify
 
 _WIDTH = 100
@@ -288,14 +290,10 @@ def _report(arguments: argparse.Namespace, timeline: Timeline) -> str:
         f"bubble       {timeline.bubble_fraction:.1%}, {spread} of {timeline.makespan:g} on each rank",
     ]
     if recipe := SCHEDULES.get(arguments.name):
-        num_chunks = schedule.num_stages // num_ranks
-        bubble = recipe.bubble(
-            num_ranks, num_micro_batches, num_chunks=num_chunks, forward=forward, backward=backward
-        )
+        sizes = Sizes(num_ranks, num_micro_batches, schedule.num_chunks)
+        bubble = recipe.bubble(sizes, Work(forward, backward / 2, backward / 2))
         if bubble is None:
-            lines.append(
-                f"closed form  none: {num_micro_batches} micro-batches are no multiple of {num_ranks}"
-            )
+            lines.append(f"closed form  none for {num_micro_batches} micro-batches and these costs")
         else:
             fraction = bubble / (bubble + num_micro_batches * (forward + backward))
             lines.append(f"closed form  {fraction:.1%}, {recipe.bubble_formula} = {bubble:g}")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from megads.pipeline.action import Action, Cell, Kind, Overlap, Schedule, live_counts, parse_cell
+from megads.pipeline.action import Action, Cell, Kind, Overlap, Schedule, live_counts
+from megads.pipeline.text import parse_cell
 
 
 def _cell(action: object) -> Cell:

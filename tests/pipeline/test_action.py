@@ -9,19 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megads.errors import ScheduleError
-from megads.pipeline.action import (
-    Action,
-    Kind,
-    Overlap,
-    Schedule,
-    format_schedule,
-    inputs_of,
-    live_counts,
-    parse_cell,
-    parse_schedule,
-)
+from megads.pipeline.action import Action, Kind, Overlap, Schedule, inputs_of, live_counts
 from megads.pipeline.lower import lower
 from megads.pipeline.schedules import SCHEDULES, build
+from megads.pipeline.text import format_schedule, parse_cell, parse_schedule
 
 TEXTS = ("2F0", "1B3", "1I3", "10W12", "0SEND_F2", "1RECV_F2", "1SEND_B2", "0RECV_B2", "2REDUCE", "(0F4+1B2)")
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from megads.errors import ScheduleError
-from megads.pipeline.action import Action, Cell, Kind, Schedule, parse_schedule
+from megads.pipeline.action import Action, Cell, Kind, Schedule
 from megads.pipeline.lower import lower
 from megads.pipeline.schedules import SCHEDULES, build
+from megads.pipeline.text import parse_schedule
 from megads.pipeline.verify import Transport, stuck, verify
 
 SIZES = [(1, 1), (1, 4), (2, 1), (2, 5), (3, 2), (4, 8), (4, 7), (8, 3), (8, 20), (16, 33)]

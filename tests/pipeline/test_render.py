@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 import pytest
 
 from megads.errors import ScheduleError
-from megads.pipeline.action import format_schedule, parse_schedule
 from megads.pipeline.lower import lower
 from megads.pipeline.render import main, svg, text_grid
 from megads.pipeline.schedules import SCHEDULES, build
 from megads.pipeline.simulate import Timeline, equal_costs, simulate
+from megads.pipeline.text import format_schedule, parse_schedule
 
 ONE_F_ONE_B = """\
 0 |F0F1F2F3............B0--F4B1--F5B2--F6B3--F7B4--..B5--..B6--..B7--

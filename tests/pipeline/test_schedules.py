@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from megads.errors import ScheduleError
-from megads.pipeline.action import Action, Kind, Schedule, format_schedule, live_counts
-from megads.pipeline.schedules import SCHEDULES, build, read_schedule
+from megads.pipeline.action import Action, Kind, Schedule, live_counts
+from megads.pipeline.schedules import SCHEDULES, build
 from megads.pipeline.simulate import equal_costs, simulate
+from megads.pipeline.text import format_schedule, read_schedule
 from megads.pipeline.verify import verify
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 5, 8, 16) for m in (1, 2, 3, 4, 5, 7, 8, 16, 19)]

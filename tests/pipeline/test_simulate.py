@@ -9,10 +9,11 @@ from collections.abc import Callable
 import pytest
 
 from megads.errors import ScheduleError
-from megads.pipeline.action import Action, Kind, Schedule, parse_schedule
+from megads.pipeline.action import Action, Kind, Schedule
 from megads.pipeline.lower import lower
 from megads.pipeline.schedules import SCHEDULES, build
 from megads.pipeline.simulate import Costs, Timeline, equal_costs, simulate, split_costs
+from megads.pipeline.text import parse_schedule
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import pytest
 
 from megads.errors import ScheduleError
-from megads.pipeline.action import Action, Kind, Schedule, parse_cell, parse_schedule
+from megads.pipeline.action import Action, Kind, Schedule
 from megads.pipeline.lower import lower
 from megads.pipeline.schedules import SCHEDULES, build
+from megads.pipeline.text import parse_cell, parse_schedule
 from megads.pipeline.verify import verify
 
 
