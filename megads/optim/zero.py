@@ -80,9 +80,13 @@ class NativeEngine:
         for bucket in self._all:
             bucket.gradients.zero_()
 
-    def arm(self, stage: int) -> None:
-        """The next backward of a stage is the step's last: buckets are reduced as they become complete."""
-        self._reducers[stage].arm()
+    def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
+        """What comes next completes the gradients of a stage: buckets are reduced as they become complete."""
+        self._reducers[stage].arm(waiting=waiting)
+
+    def complete(self, stage: int, parameter: Tensor) -> None:
+        """One of the parameters that `arm` was told of has its gradient."""
+        self._reducers[stage].complete(parameter)
 
     def reduce(self, stage: int) -> None:
         """A stage's gradients are complete on this rank: start what was not started."""
@@ -98,10 +102,11 @@ class NativeEngine:
         for reducer in self._reducers.values():
             reducer.finish()
         held = [self._held(bucket, bucket.gradients) for bucket in self._all]
+        # of what all ranks of a group hold alike each counts its slice, so over the world every element counts once
         scaled_norm = global_norm(
-            [g for g, b in zip(held, self._all, strict=True) if b.traits.is_primary],
+            [b.shard(b.gradients) for b in self._all if b.traits.is_primary],
             [g for g, b in zip(held, self._all, strict=True) if not b.traits.is_primary],
-            group=self._mesh.group("world" if self._sharded else "model"),
+            group=self._mesh.group("world"),
             device=self._mesh.device,
         )
         norm = scaled_norm / self._scale.value

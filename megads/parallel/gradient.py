@@ -33,6 +33,7 @@ class Traits:
 
     decay: bool
     is_primary: bool
+    reduction: str
     partial: tuple[str, ...]
     tie: str | None
 
@@ -63,7 +64,7 @@ class Bucket:
         self, parameters: Sequence[ShardedParameter], traits: Traits, *, mesh: Mesh, dtype: torch.dtype
     ) -> None:
         self.traits = traits
-        self.group: Group = mesh.group("dp_cp")
+        self.group: Group = mesh.group(traits.reduction)
         self._mesh = mesh
         places, size = [], 0
         for parameter in parameters:
@@ -100,7 +101,7 @@ class Bucket:
         return flat[self.group.rank * share : (self.group.rank + 1) * share]
 
     def start_reduce(self, *, sharded: bool) -> Pending:
-        """Begin to sum the gradients over the data-parallel ranks.
+        """Begin to sum the gradients over the data-parallel ranks (of the experts' grid, if they lie in it).
 
         Args:
             sharded: whether only this rank's slice is needed (ZeRO); the rest of `gradients` is then garbage.
@@ -120,7 +121,7 @@ class Bucket:
 class Reducer:
     """Reduces the buckets of one stage, each as soon as its gradients are complete.
 
-    `arm` is called before the stage's last backward of a step, `flush` after it. Buckets start in their fixed order,
+    `arm` is called before what completes the stage's gradients in a step (its last B, or the last W), `flush` after it. Buckets start in their fixed order,
     so that all ranks issue the same collectives in the same order; what the backward did not complete (a parameter
     without gradient, a tied one that another stage completes) starts in `flush` or `finish`.
     """
@@ -134,22 +135,45 @@ class Reducer:
         self._pending: list[tuple[Bucket, Pending]] = []
         self._next = 0
         self.num_early = 0  # buckets that started before the backward was over, in the last step
+        self._number_of: dict[int, int] = {}
         for number, bucket in enumerate(self._early):
             for place in bucket.places:
+                self._number_of[id(place.parameter)] = number
                 place.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     partial(self._complete, number)
                 )
 
-    def arm(self) -> None:
-        """The next backward of the stage is the step's last."""
-        self._left = {number: len(bucket.places) for number, bucket in enumerate(self._early)}
+    def arm(self, *, waiting: Sequence[Tensor] | None = None) -> None:
+        """What comes next completes the gradients of the stage.
+
+        Args:
+            waiting: parameters that are told to `complete`, all others being complete: a split backward's last W, in
+                which no hook is called (autograd called them all in I, whether or not there was a gradient). None: a
+                whole backward, which calls the hook of each parameter after its gradient is there.
+        """
+        wanted = None if waiting is None else {id(parameter) for parameter in waiting}
+        self._left = {
+            number: sum(wanted is None or id(place.parameter) in wanted for place in bucket.places)
+            for number, bucket in enumerate(self._early)
+        }
         self._next = 0
+        self._advance()
+
+    def complete(self, parameter: Tensor) -> None:
+        """One of the parameters that were waiting has its gradient; any other is none of this stage's early ones."""
+        number = self._number_of.get(id(parameter))
+        if number is not None:
+            self._complete(number, parameter)
 
     def _complete(self, number: int, _: Tensor) -> None:
         """One parameter of a bucket has its gradient."""
         if not self._left:
             return
         self._left[number] -= 1
+        self._advance()
+
+    def _advance(self) -> None:
+        """Start the buckets that are complete and whose turn it is."""
         while self._next < len(self._early) and self._left[self._next] == 0:
             self._start(self._early[self._next])
             self._next += 1
@@ -180,7 +204,7 @@ def make_buckets(
     groups: dict[Traits, list[list[ShardedParameter]]] = {}
     for parameter in reversed(tuple(parameters)):
         spec = parameter.spec
-        traits = Traits(spec.decay, is_primary(parameter, mesh), spec.partial, spec.tie)
+        traits = Traits(spec.decay, is_primary(parameter, mesh), spec.reduction, spec.partial, spec.tie)
         buckets = groups.setdefault(traits, [[]])
         if buckets[-1] and sum(p.numel() for p in buckets[-1]) + parameter.numel() > max_elements:
             buckets.append([])

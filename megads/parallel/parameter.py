@@ -133,7 +133,7 @@ def is_primary(parameter: ShardedParameter, mesh: Mesh) -> bool:
     """
     if parameter.spec.tie not in (None, parameter.logical_name):
         return False
-    return all(mesh.group(axis).rank == 0 for axis in ("tp",) if axis not in parameter.spec.axes)
+    return all(mesh.group(axis).rank == 0 for axis in parameter.spec.replicas)
 
 
 @torch.no_grad()

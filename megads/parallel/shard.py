@@ -24,6 +24,8 @@ from megads.errors import LayoutError
 
 Shape = tuple[int, ...]
 
+EXPERT_AXES = ("ep", "etp")
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -128,6 +130,22 @@ class ShardSpec:
     def axes(self) -> frozenset[str]:
         """The mesh axes that cut it."""
         return frozenset(cut.axis for cut in self.cuts)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it lies in the experts' grid (ep x etp x edp) and not in the grid of all else (tp x dp_cp)."""
+        return not self.axes.isdisjoint(EXPERT_AXES)
+
+    @property
+    def reduction(self) -> str:
+        """The axis whose ranks hold the same part of it: gradients are summed over it and ZeRO cuts along it."""
+        return "edp" if self.is_expert else "dp_cp"
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """Axes, beside `reduction`, whose ranks hold the same values because no cut is along them."""
+        grid = EXPERT_AXES if self.is_expert else ("tp",)
+        return tuple(axis for axis in grid if axis not in self.axes)
 
 
 @dataclass(frozen=True, slots=True)
