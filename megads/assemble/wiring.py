@@ -20,7 +20,8 @@ from megads.optim.zero import NativeEngine
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import Mesh
 from megads.parallel.parameter import Scope, ShardedParameter, fill, parameter_table
-from megads.pipeline.action import Schedule
+from megads.parallel.weight_queue import WeightQueue
+from megads.pipeline.action import Overlap, Schedule
 from megads.pipeline.executor import Executor, forwards
 from megads.pipeline.lower import lower
 from megads.pipeline.partition import partition
@@ -58,11 +59,13 @@ class Model:
         spec: the whole model.
         stages: stage number -> its blocks.
         is_sequence_parallel: whether payloads between stages are cut along the sequence.
+        queue: where its layers put their weight gradients.
     """
 
     spec: DecoderSpec
     stages: dict[int, torch.nn.ModuleList]
     is_sequence_parallel: bool
+    queue: WeightQueue
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,7 +107,8 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
     ranges = partition(spec.block_costs, mesh.layout.num_stages)
     mine = {stage: range(*ranges[stage]) for stage in mesh.layout.stages_of(mesh.group("pp").rank)}
     recompute = config.parallel.recompute
-    model = Model(spec, make_blocks(scope, spec, stages=mine, recompute=recompute), config.parallel.sequence)
+    blocks = make_blocks(scope, spec, stages=mine, recompute=recompute)
+    model = Model(spec, blocks, config.parallel.sequence, scope.queue)
     for parameter in model.parameters:
         fill(parameter, seed=config.run.seed)
     return model
@@ -138,7 +142,11 @@ def build_executors(config: Config, model: Model, *, mesh: Mesh) -> Executors:
         num_chunks=mesh.layout.virtual_stages,
     )
     pipeline = mesh.group("pp")
-    stages = {number: Stage(number, list(blocks)) for number, blocks in model.stages.items()}
+    in_steps = any(isinstance(cell, Overlap) for cell in schedule.rows[pipeline.rank])
+    stages = {
+        number: Stage(number, list(blocks), queue=model.queue, in_steps=in_steps)
+        for number, blocks in model.stages.items()
+    }
     transport = Transport(pipeline, mesh.device)
 
     cut = mesh.group("tp").size if model.is_sequence_parallel else 1

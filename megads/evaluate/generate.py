@@ -126,7 +126,7 @@ class Generator:
                     return block.logits(payload)[0, last]
                 payload = block(payload, batch).payload
             if (after := rank_of(stage + 1)) != own:
-                self._transport.send(payload, peer=after)
+                self._transport.send(payload, (spec,), peer=after)
         self._transport.drain()
         return None
 

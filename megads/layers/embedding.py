@@ -7,15 +7,18 @@ The vocabulary need not divide: each rank holds ceil(V / n) rows, of which the l
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megads.layers.linear import column_product
+from megads.layers.linear import column_product, gradient_of
 from megads.ops.cross_entropy import Columns
 from megads.parallel.collectives import reduce_from, scatter_sum
 from megads.parallel.parameter import Scope, ShardedParameter
 from megads.parallel.shard import Cut, Init, ShardSpec
+from megads.parallel.weight_queue import WeightQueue
 
 
 def vocabulary_spec(vocab: int, hidden: int, *, init_std: float, tie: str | None) -> ShardSpec:
@@ -31,6 +34,29 @@ def vocabulary_columns(weight: ShardedParameter) -> Columns:
     return Columns(region.source.start[0], region.source.shape[0])
 
 
+class _Lookup(torch.autograd.Function):
+    """Rows of a weight, 0 where this rank does not hold them; the scatter of the gradient is the queue's work."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, row: Tensor, mine: Tensor, queue: WeightQueue) -> Tensor:
+        ctx.save_for_backward(row, mine)
+        ctx.weight, ctx.queue = weight, queue
+        return F.embedding(row, weight) * mine[..., None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        row, mine = ctx.saved_tensors
+        weight, (dy,) = ctx.weight, gradients
+
+        def scatter() -> None:
+            total = gradient_of(weight)
+            rows = (dy * mine[..., None]).flatten(0, -2).to(total.dtype)
+            total.index_add_(0, row.flatten(), rows)
+
+        ctx.queue.put(scatter, weight)
+        return None, None, None, None
+
+
 class VocabParallelEmbedding(torch.nn.Module):
     """Token ids [batch, seq] -> [seq, batch, hidden] on all tensor-parallel ranks.
 
@@ -40,13 +66,15 @@ class VocabParallelEmbedding(torch.nn.Module):
     def __init__(self, scope: Scope, vocab: int, hidden: int, *, init_std: float, tie: str | None) -> None:
         super().__init__()
         self._group = scope.mesh.group("tp")
+        self._queue = scope.queue
         self._collect = scatter_sum if scope.sequence_parallel else reduce_from
         self.weight = scope.parameter("weight", vocabulary_spec(vocab, hidden, init_std=init_std, tie=tie))
         self._columns = vocabulary_columns(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         mine, row = self._columns.locate(tokens.T)
-        return self._collect(F.embedding(row, self.weight) * mine[..., None], self._group)
+        rows: Tensor = _Lookup.apply(self.weight, row, mine, self._queue)  # type: ignore[no-untyped-call]
+        return self._collect(rows, self._group)
 
 
 class PositionEmbedding(torch.nn.Module):

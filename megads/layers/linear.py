@@ -11,7 +11,8 @@
     row               reduce-scatter y           all-gather dy                 dy^T x
 
 (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.) The weight gradient is added to the parameter's
-`.grad` here, in that buffer's dtype, and not handed to autograd: low-precision weights accumulate in float32.
+`.grad` here, in that buffer's dtype, and not handed to autograd: low-precision weights accumulate in float32. It is
+work in the scope's `WeightQueue`, so that a schedule may put it off; x is then gathered by W itself, not held whole.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megads.ops.product import add_product_
 from megads.parallel.collectives import (
     Pending,
     start_all_reduce,
@@ -32,14 +34,21 @@ from megads.parallel.collectives import (
 from megads.parallel.mesh import Group
 from megads.parallel.parameter import Scope
 from megads.parallel.shard import Cut, Init, ShardSpec
+from megads.parallel.weight_queue import WeightQueue
 
 
 @dataclass(frozen=True, slots=True)
 class _Cutting:
-    """Over which ranks a product is cut, and whether the other activations are cut along the sequence."""
+    """Over which ranks a product is cut, whether other activations are cut along the sequence, and who runs dW."""
 
     group: Group
     is_sequence_parallel: bool
+    queue: WeightQueue
+
+    @classmethod
+    def of(cls, scope: Scope) -> _Cutting:
+        """As the layers of `scope` are cut."""
+        return cls(scope.mesh.group("tp"), scope.sequence_parallel, scope.queue)
 
     def whole(self, x: Tensor) -> Pending:
         """Begin to make an activation between regions whole."""
@@ -52,6 +61,13 @@ class _Cutting:
         return start_all_reduce(x.contiguous(), self.group)
 
 
+def gradient_of(weight: Tensor) -> Tensor:
+    """The buffer that a weight's gradient is added to."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
 def add_weight_gradient(weight: Tensor, *, dy: Tensor, x: Tensor) -> None:
     """weight.grad += dy^T x, in the dtype of the gradient.
 
@@ -60,15 +76,7 @@ def add_weight_gradient(weight: Tensor, *, dy: Tensor, x: Tensor) -> None:
         dy: [..., out].
         x: [..., in].
     """
-    dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    if weight.grad.dtype == x.dtype:
-        weight.grad.addmm_(dy.T, x)
-    elif x.device.type == "cuda":
-        weight.grad.add_(torch.mm(dy.T, x, out_dtype=weight.grad.dtype))
-    else:  # the CPU has no product with a wider result
-        weight.grad.addmm_(dy.T.to(weight.grad.dtype), x.to(weight.grad.dtype))
+    add_product_(gradient_of(weight), dy=dy, x=x)
 
 
 class _Column(torch.autograd.Function):
@@ -84,10 +92,17 @@ class _Column(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
         (x,) = ctx.saved_tensors
+        weight, cutting = ctx.weight, ctx.cutting
         with torch.no_grad():
-            gathering = ctx.cutting.whole(x)
-            summing = ctx.cutting.sum(dy @ ctx.weight)
-            add_weight_gradient(ctx.weight, dy=dy, x=gathering.wait())
+            # W gathers x for itself when its time comes; at once, the gather hides behind dy W
+            gathering = None if cutting.queue.is_deferring else cutting.whole(x)
+            summing = cutting.sum(dy @ weight)
+
+            def weight_gradient() -> None:
+                whole = cutting.whole(x) if gathering is None else gathering
+                add_weight_gradient(weight, dy=dy, x=whole.wait())
+
+            cutting.queue.put(weight_gradient, weight)
             dbias = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
             return summing.wait(), None, dbias, None
 
@@ -102,17 +117,17 @@ class _Row(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        weight = ctx.weight
         with torch.no_grad():
             dy = ctx.cutting.whole(gradients[0]).wait()
-            dx = dy @ ctx.weight
-            add_weight_gradient(ctx.weight, dy=dy, x=x)
+            dx = dy @ weight
+            ctx.cutting.queue.put(lambda: add_weight_gradient(weight, dy=dy, x=x), weight)
             return dx, None, None
 
 
 def column_product(x: Tensor, weight: Tensor, *, bias: Tensor | None, scope: Scope) -> Tensor:
     """x W^T + b for a weight cut along its output, as the layers of `scope` are cut."""
-    cutting = _Cutting(scope.mesh.group("tp"), scope.sequence_parallel)
-    return _Column.apply(x, weight, bias, cutting)  # type: ignore[no-untyped-call,no-any-return]
+    return _Column.apply(x, weight, bias, _Cutting.of(scope))  # type: ignore[no-untyped-call,no-any-return]
 
 
 class ColumnParallelLinear(torch.nn.Module):
@@ -154,7 +169,7 @@ class RowParallelLinear(torch.nn.Module):
         self, scope: Scope, in_features: int, out_features: int, *, init_std: float, has_bias: bool
     ) -> None:
         super().__init__()
-        self._cutting = _Cutting(scope.mesh.group("tp"), scope.sequence_parallel)
+        self._cutting = _Cutting.of(scope)
         self.weight = scope.parameter(
             "weight", ShardSpec((out_features, in_features), (Cut(1, "tp"),), Init("normal", init_std))
         )

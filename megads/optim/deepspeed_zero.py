@@ -24,7 +24,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -99,7 +99,10 @@ class DeepSpeedEngine:
         for bucket in self._buckets:
             bucket.gradients.zero_()
 
-    def arm(self, stage: int) -> None:
+    def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
+        """Nothing: DeepSpeed reduces in `step`."""
+
+    def complete(self, stage: int, parameter: Tensor) -> None:
         """Nothing: DeepSpeed reduces in `step`."""
 
     def reduce(self, stage: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,8 +36,14 @@ class Engine(Protocol):
     def zero_gradients(self) -> None:
         """Start a step."""
 
-    def arm(self, stage: int) -> None:
-        """The next backward of a stage is the step's last: reductions may start inside it."""
+    def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
+        """What comes next completes the gradients of a stage, and reductions may start inside it.
+
+        A last W names the parameters that it has `waiting` and tells each to `complete`; None: a whole backward.
+        """
+
+    def complete(self, stage: int, parameter: Tensor) -> None:
+        """One of the parameters that were waiting has its gradient."""
 
     def reduce(self, stage: int) -> None:
         """Gradients of a stage are complete on this rank: sum them over the ranks that share them."""

@@ -121,9 +121,10 @@ class Bucket:
 class Reducer:
     """Reduces the buckets of one stage, each as soon as its gradients are complete.
 
-    `arm` is called before what completes the stage's gradients in a step (its last B, or the last W), `flush` after it. Buckets start in their fixed order,
-    so that all ranks issue the same collectives in the same order; what the backward did not complete (a parameter
-    without gradient, a tied one that another stage completes) starts in `flush` or `finish`.
+    `arm` is called before what completes the stage's gradients in a step (its last B, or its last W), `flush` after it.
+    Buckets start in their fixed order, so that all ranks issue the same collectives in the same order; what was not
+    complete until then (a parameter without gradient, a tied one that another stage completes) starts in `flush` or
+    `finish`.
     """
 
     def __init__(self, buckets: Sequence[Bucket], *, sharded: bool) -> None:

@@ -7,47 +7,91 @@ it, in the order of the backward, so sums are the same under every schedule:
     B          backward of the graph:  dx, then dW at once
     I ... W    backward of the graph:  dx, dW kept  ...  the kept dW, in order
 
-Nothing of the forward is run twice (Qi et al. 2023, section 2.2).
+Nothing of the forward is run twice (Qi et al. 2023, section 2.2). How a layer uses it:
+
+    class _Product(torch.autograd.Function):
+        forward    keep the parameter itself as `ctx.weight` and the queue as `ctx.queue`: under recompute a saved
+                   tensor comes back as another object, and a gradient added to that one is lost
+        backward   def weight_gradient() -> None: ...      adds to `ctx.weight.grad`; runs without autograd, and may
+                                                           issue collectives: all ranks of a group run the same W's
+                   ctx.queue.put(weight_gradient, ctx.weight)
+                   return dx, None                         None for the weight, always
+
+What is cheap (norms, biases, routers) stays with autograd, in I. autograd calls a parameter's post-accumulate hook in I
+although its work still waits, so a weight is complete when `run` says so, not when its hook is called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 Work = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Work that waits, and the parameter whose gradient it adds to."""
+
+    work: Work
+    weight: Tensor
 
 
 class WeightQueue:
     """Runs weight-gradient work at once, or keeps it while a backward is split. One for all layers of a rank."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], list[Work]] = {}
-        self._open: list[Work] | None = None
+        self._kept: dict[tuple[int, int], list[_Kept]] = {}
+        self._open: list[_Kept] | None = None
 
-    def put(self, work: Work) -> None:
-        """Run `work`, which adds to one parameter's `.grad`, now or when its W comes. It may issue collectives."""
+    @property
+    def is_deferring(self) -> bool:
+        """Whether what is put now will wait."""
+        return self._open is not None
+
+    def put(self, work: Work, weight: Tensor) -> None:
+        """Run `work`, which adds to `weight.grad`, now or when its W comes. It may issue collectives."""
         if self._open is None:
-            work()
+            with torch.no_grad():
+                work()
         else:
-            self._open.append(work)
+            self._open.append(_Kept(work, weight))
 
     @contextmanager
     def deferring(self, stage: int, micro_batch: int) -> Iterator[None]:
         """Inside, keep the work for `run(stage, micro_batch)`."""
-        self._open = self._kept.setdefault((stage, micro_batch), [])
+        outer, self._open = self._open, self._kept.setdefault((stage, micro_batch), [])
         try:
             yield
         finally:
-            self._open = None
+            self._open = outer
 
-    def run(self, stage: int, micro_batch: int) -> None:
-        """Do what was kept for a stage and micro-batch, in the order of its backward."""
+    def waiting(self, stage: int, micro_batch: int) -> tuple[Tensor, ...]:
+        """The parameters whose work waits for a W, each once."""
+        return tuple({id(k.weight): k.weight for k in self._kept.get((stage, micro_batch), ())}.values())
+
+    def run(self, stage: int, micro_batch: int, *, done: Callable[[Tensor], None] | None = None) -> None:
+        """Do what was kept for a stage and micro-batch, in the order of its backward.
+
+        Args:
+            done: is told each of `waiting`, when the last of its work is done.
+        """
+        kept = self._kept.pop((stage, micro_batch), [])
+        left: dict[int, int] = {}
+        for item in kept:
+            left[id(item.weight)] = left.get(id(item.weight), 0) + 1
+        kept.reverse()  # popped from its end, so that what a piece of work holds is freed when it is done
         with torch.no_grad():
-            for work in self._kept.pop((stage, micro_batch), ()):
-                work()
+            while kept:
+                item = kept.pop()
+                item.work()
+                left[id(item.weight)] -= 1
+                if done is not None and left[id(item.weight)] == 0:
+                    done(item.weight)
 
     @property
     def num_kept(self) -> int:

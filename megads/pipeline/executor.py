@@ -1,6 +1,9 @@
 """The one loop that runs any schedule on one rank.
 
-    for each action of this rank's row:   F, B: compute    SEND, RECV: transport    REDUCE: the engine's reduction
+    for each cell of this rank's row:   F, B, I, W: a stage    SEND, RECV: the transport    REDUCE: the engine
+
+An overlapped pair runs block by block, a block of its forward before each block of its backward: what one of them sends
+or gathers is under way while the other computes.
 
 The loss is a weighted sum of extras, each divided by its *global* count: the backward of every micro-batch is
 seeded with weight / count, so gradients only ever need to be summed, over micro-batches and over ranks.
@@ -8,8 +11,10 @@ seeded with weight / count, so gradients only ever need to be summed, over micro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -18,8 +23,8 @@ from torch import Tensor
 from megads.data.sequence import Batch
 from megads.parallel.collectives import all_reduce_
 from megads.parallel.mesh import Mesh
-from megads.pipeline.action import Action, Kind, Schedule
-from megads.pipeline.stage import BlockOutput, Payload, Stage
+from megads.pipeline.action import Action, Kind, Overlap, Schedule
+from megads.pipeline.stage import BlockOutput, Payload, Stage, Steps, finish
 from megads.pipeline.transport import Arrival, TensorSpec, Transport
 
 
@@ -56,8 +61,16 @@ def forwards(schedule: Schedule) -> Schedule:
 class GradientOwner(Protocol):
     """The part of an optimizer engine that the loop talks to."""
 
-    def arm(self, stage: int) -> None:
-        """The next backward of `stage` is the step's last."""
+    def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
+        """What comes next completes the gradients of `stage`.
+
+        Args:
+            waiting: parameters that are told to `complete` one by one, while all others are complete (a W); None: a
+                backward, in which a parameter is complete when autograd calls its post-accumulate hook.
+        """
+
+    def complete(self, stage: int, parameter: Tensor) -> None:
+        """One of the parameters that were waiting has its gradient."""
 
     def reduce(self, stage: int) -> None:
         """The gradients of `stage` are complete on this rank."""
@@ -88,7 +101,7 @@ class Executor:
         self._stages = stages
         self._transport = transport
         self._payload = payload
-        backwards = [a for cell in self._row for a in cell.actions if a.kind is Kind.B]
+        backwards = [a for cell in self._row for a in cell.actions if a.kind in (Kind.B, Kind.I, Kind.W)]
         self._last_backwards = frozenset({a.stage: a for a in backwards}.values())
 
     def run(
@@ -107,15 +120,13 @@ class Executor:
         Returns:
             the extras of this rank's stages.
         """
-        work = _Run(self, batch, seeds or {})
+        work = _Run(self, batch, seeds or {}, engine)
         for cell in self._row:
-            for action in cell.actions:
-                if engine is not None and action in self._last_backwards:
-                    engine.arm(action.stage)
-                if action.kind is not Kind.REDUCE:
-                    work.do(action)
-                elif engine is not None:
-                    engine.reduce(action.stage)
+            if isinstance(cell, Overlap):
+                for _ in zip_longest(*(work.steps(action) for action in cell.actions)):
+                    pass
+            else:
+                finish(work.steps(cell))
         self._transport.drain()
         return work.totals
 
@@ -123,12 +134,16 @@ class Executor:
 class _Run:
     """What one pass over a row holds: values made or arriving, totals."""
 
-    def __init__(self, executor: Executor, batch: Batch, seeds: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, executor: Executor, batch: Batch, seeds: Mapping[str, Tensor], engine: GradientOwner | None
+    ) -> None:
         self._schedule = executor._schedule
         self._stages = executor._stages
         self._transport = executor._transport
+        self._last_backwards = executor._last_backwards
         self._batch = batch
         self._seeds = seeds
+        self._engine = engine
         rows, seq = batch.tokens.shape
         self._rows = rows // self._schedule.num_micro_batches
         self._specs = executor._payload(self._rows, seq)
@@ -136,15 +151,20 @@ class _Run:
         self._arrivals: dict[Action, Arrival] = {}
         self.totals: dict[str, Total] = {}
 
-    def do(self, action: Action) -> None:
-        """Run one compute or transfer action."""
+    def steps(self, action: Action) -> Steps[None]:
+        """One action, in steps between which another may run."""
         if action.kind is Kind.F:
-            self._forward(action)
-        elif action.kind is Kind.B:
-            self._backward(action)
+            yield from self._forward(action)
+        elif action.kind in (Kind.B, Kind.I):
+            yield from self._backward(action)
+        elif action.kind is Kind.W:
+            self._backward_weight(action)
+        elif action.kind is Kind.REDUCE:
+            if self._engine is not None:
+                self._engine.reduce(action.stage)
         elif action.kind.is_send:
             made = Action(Kind.F if action.kind is Kind.SEND_F else Kind.B, action.stage, action.micro_batch)
-            self._transport.send(self._made.pop(made), peer=self._schedule.peer(action))
+            self._transport.send(self._made.pop(made), self._specs, peer=self._schedule.peer(action))
         else:
             self._arrivals[action] = self._transport.receive(self._specs, peer=self._schedule.peer(action))
 
@@ -153,7 +173,7 @@ class _Run:
         arrival = self._arrivals.pop(receive, None)
         return self._made.pop(made) if arrival is None else arrival.wait()
 
-    def _forward(self, action: Action) -> None:
+    def _forward(self, action: Action) -> Steps[None]:
         stage, micro_batch = action.stage, action.micro_batch
         payload: Payload = ()
         if stage > 0:
@@ -161,21 +181,33 @@ class _Run:
                 Action(Kind.RECV_F, stage, micro_batch), Action(Kind.F, stage - 1, micro_batch)
             )
         rows = self._batch.rows(micro_batch * self._rows, (micro_batch + 1) * self._rows)
-        output = self._stages[stage].forward(payload, rows, micro_batch=micro_batch)
+        output = yield from self._stages[stage].forward_steps(payload, rows, micro_batch=micro_batch)
         if stage < self._schedule.num_stages - 1:
             self._made[action] = output.payload
         self._add(output)
 
-    def _backward(self, action: Action) -> None:
+    def _backward(self, action: Action) -> Steps[None]:
         stage, micro_batch = action.stage, action.micro_batch
         gradients: Payload = ()
         if stage < self._schedule.num_stages - 1:
             gradients = self._take(
                 Action(Kind.RECV_B, stage, micro_batch), Action(Kind.B, stage + 1, micro_batch)
             )
-        made = self._stages[stage].backward(gradients, self._seeds, micro_batch=micro_batch)
+        if self._engine is not None and action in self._last_backwards:
+            self._engine.arm(stage)
+        made = yield from self._stages[stage].backward_steps(
+            gradients, self._seeds, micro_batch=micro_batch, defers=action.kind is Kind.I
+        )
         if stage > 0:
-            self._made[action] = made
+            self._made[action.result] = made
+
+    def _backward_weight(self, action: Action) -> None:
+        stage, micro_batch = self._stages[action.stage], action.micro_batch
+        done = None
+        if self._engine is not None and action in self._last_backwards:
+            self._engine.arm(action.stage, waiting=stage.waiting(micro_batch=micro_batch))
+            done = partial(self._engine.complete, action.stage)
+        stage.backward_weight(micro_batch=micro_batch, done=done)
 
     def _add(self, output: BlockOutput) -> None:
         for extra in output.extras:

@@ -5,21 +5,38 @@ block, and extras, the sums that enter the loss wherever they arise (the languag
 on any). What blocks compute is not known here.
 
 After its forward a stage keeps the *edge* of its output in the autograd graph, not the output: the transport frees the
-tensor once it is sent.
+tensor once it is sent. A backward is whole (B), or split into the part that other stages wait for (I) and the rest (W),
+which is what the layers left in the `WeightQueue`; either way the same work runs in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megads.data.sequence import Batch
+from megads.parallel.weight_queue import WeightQueue
 
 Payload = tuple[Tensor, ...]
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+"""Work that stops after each of its steps, so that other work can be run between them."""
+
+
+def finish(steps: Steps[T]) -> T:
+    """Run what is left; returns the result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +66,27 @@ class _Saved:
 
 
 class Stage:
-    """Blocks `blocks` as stage number `number`; the first stage gets an empty payload, the last returns one."""
+    """Blocks `blocks` as stage number `number`; the first stage gets an empty payload, the last returns one.
 
-    def __init__(self, number: int, blocks: Sequence[torch.nn.Module]) -> None:
+    Args:
+        queue: where the blocks' layers put their weight gradients.
+        in_steps: cut the graph between blocks, so that `*_steps` stop after each one; else they are one step.
+    """
+
+    def __init__(
+        self, number: int, blocks: Sequence[torch.nn.Module], *, queue: WeightQueue, in_steps: bool = False
+    ) -> None:
         self.number = number
         self.blocks = tuple(blocks)
-        self._saved: dict[int, _Saved] = {}
+        self._parts = tuple((block,) for block in blocks) if in_steps else (self.blocks,)
+        self._queue = queue
+        self._saved: dict[int, list[_Saved]] = {}
+        self._half_done: set[int] = set()
 
     @property
     def num_live(self) -> int:
-        """Micro-batches whose backward is still to come."""
-        return len(self._saved)
+        """Micro-batches whose backward, or the weights' part of it, is still to come."""
+        return len(self._saved) + len(self._half_done)
 
     def forward(self, payload: Payload, batch: Batch, *, micro_batch: int) -> BlockOutput:
         """Run the blocks. With gradients enabled, remember what `backward` of this micro-batch needs.
@@ -67,23 +94,33 @@ class Stage:
         Returns:
             the outgoing payload, detached, and the extras, detached.
         """
+        return finish(self.forward_steps(payload, batch, micro_batch=micro_batch))
+
+    def forward_steps(self, payload: Payload, batch: Batch, *, micro_batch: int) -> Steps[BlockOutput]:
+        """`forward`, step by step."""
         keeping = torch.is_grad_enabled()
-        inputs = tuple(t.requires_grad_() if keeping and t.is_floating_point() else t for t in payload)
-        current = inputs
+        saved: list[_Saved] = []
         extras: list[Extra] = []
-        for block in self.blocks:
-            output: BlockOutput = block(current, batch)
-            current = output.payload
-            extras.extend(output.extras)
+        for part in self._parts:
+            inputs = tuple(t.requires_grad_() if keeping and t.is_floating_point() else t for t in payload)
+            current = inputs
+            terms: list[Extra] = []
+            for block in part:
+                output: BlockOutput = block(current, batch)
+                current = output.payload
+                terms.extend(output.extras)
+            if keeping:
+                saved.append(_Saved(inputs, tuple(get_gradient_edge(t) for t in current), tuple(terms)))
+            payload = tuple(t.detach() for t in current)
+            extras.extend(Extra(e.name, e.sum.detach(), e.count) for e in terms)
+            del current, output  # while others run, the graph alone keeps what the backward needs
+            yield
         if keeping:
-            edges = tuple(get_gradient_edge(t) for t in current)
-            self._saved[micro_batch] = _Saved(inputs, edges, tuple(extras))
-        return BlockOutput(
-            tuple(t.detach() for t in current), tuple(Extra(e.name, e.sum.detach(), e.count) for e in extras)
-        )
+            self._saved[micro_batch] = saved
+        return BlockOutput(payload, tuple(extras))
 
     def backward(self, gradients: Payload, seeds: Mapping[str, Tensor], *, micro_batch: int) -> Payload:
-        """Accumulate parameter gradients of one micro-batch.
+        """Accumulate parameter gradients of one micro-batch (B).
 
         Args:
             gradients: of the outgoing payload, from the next stage; empty on the last.
@@ -92,8 +129,44 @@ class Stage:
         Returns:
             gradients of the incoming payload; empty on the first stage.
         """
-        saved = self._saved.pop(micro_batch)
-        roots = [*saved.edges, *(get_gradient_edge(e.sum) for e in saved.extras)]
-        flows = [*gradients, *(seeds[e.name].to(e.sum.dtype) for e in saved.extras)]
-        torch.autograd.backward(roots, flows)
-        return tuple(t.grad for t in saved.inputs if t.grad is not None)
+        return finish(self.backward_steps(gradients, seeds, micro_batch=micro_batch))
+
+    def backward_input(self, gradients: Payload, seeds: Mapping[str, Tensor], *, micro_batch: int) -> Payload:
+        """The part of `backward` that other stages wait for (I); `backward_weight` is the rest."""
+        return finish(self.backward_steps(gradients, seeds, micro_batch=micro_batch, defers=True))
+
+    def backward_weight(self, *, micro_batch: int, done: Callable[[Tensor], None] | None = None) -> None:
+        """The weight gradients that `backward_input` put off (W).
+
+        Args:
+            done: is told each parameter of `waiting` as its gradient is complete.
+        """
+        self._half_done.remove(micro_batch)
+        self._queue.run(self.number, micro_batch, done=done)
+
+    def waiting(self, *, micro_batch: int) -> tuple[Tensor, ...]:
+        """The parameters whose gradients `backward_weight` will add to."""
+        return self._queue.waiting(self.number, micro_batch)
+
+    def backward_steps(
+        self,
+        gradients: Payload,
+        seeds: Mapping[str, Tensor],
+        *,
+        micro_batch: int,
+        defers: bool = False,
+    ) -> Steps[Payload]:
+        """`backward`, or with `defers` `backward_input`, step by step."""
+        parts = self._saved.pop(micro_batch)
+        if defers:
+            self._half_done.add(micro_batch)
+        while parts:
+            saved = parts.pop()
+            roots = [*saved.edges, *(get_gradient_edge(e.sum) for e in saved.extras)]
+            flows = [*gradients, *(seeds[e.name].to(e.sum.dtype) for e in saved.extras)]
+            with self._queue.deferring(self.number, micro_batch) if defers else nullcontext():
+                torch.autograd.backward(roots, flows)
+            gradients = tuple(t.grad for t in saved.inputs if t.grad is not None)
+            del saved, roots, flows
+            yield
+        return gradients

@@ -1,9 +1,9 @@
 """Point-to-point transfers between the ranks of one pipeline.
 
-Both ends know shape and dtype beforehand, so no header travels. Receives are posted early and waited for where
-the value
-is used. A send is held until the other side has taken it: dropping the work object would lose the message, touching the
-tensor would change it.
+Both ends know shape and dtype beforehand, so no header travels; what is sent is checked against them, because gloo
+takes a message of another dtype, or a shorter one, without a word. Receives are posted early and waited for where the
+value is used. A send is held until the other side has taken it: dropping the work object would lose the message,
+touching the tensor would change it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,15 @@ class Transport:
         self._device = device
         self._sends: deque[tuple[Tensor, dist.Work]] = deque()
 
-    def send(self, tensors: tuple[Tensor, ...], *, peer: int) -> None:
-        """Start sending; the tensors belong to the transport from now on."""
+    def send(self, tensors: tuple[Tensor, ...], specs: tuple[TensorSpec, ...], *, peer: int) -> None:
+        """Start sending; the tensors belong to the transport from now on.
+
+        Raises:
+            ValueError: they are not what `specs` tells the other side to expect.
+        """
+        if tuple(TensorSpec(tuple(t.shape), t.dtype) for t in tensors) != specs:
+            found = [(tuple(t.shape), t.dtype) for t in tensors]
+            raise ValueError(f"a payload of {found} where the other side expects {list(specs)}")
         for tensor in tensors:
             tensor = tensor.contiguous()
             work = dist.isend(tensor, self._group.ranks[peer], group=self._group.handle)
