@@ -8,19 +8,43 @@ Lives here: what a row looks like. Does not live here: which tokens stand in it 
     mask          1  1  1  1            0: padding, and with eod_mask_loss where the input is end-of-document
     positions     0  1  2  3            with document_mask again from 0 where a document or a span begins
     document_ids  0  0  1  1            with document_mask: which part of the row; attention stays inside
+
+Context parallelism cuts rows into 2 P chunks, of which rank r has r and 2P - 1 - r, so that all ranks have the same
+causal work. A row of 8 tokens over 2 ranks:
+
+    rank 0        t0 t1 .  .  .  .  t6 t7
+    rank 1        .  .  t2 t3 t4 t5 .  .
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megads.errors import DataError
+from megads.errors import DataError, LayoutError
+
+
+def context_columns(rank: int, *, size: int, length: int) -> tuple[range, ...]:
+    """The columns of a row of `length` tokens that context-parallel rank `rank` of `size` has, ascending.
+
+    Raises:
+        LayoutError: the row cannot be cut into 2 x size equal chunks.
+    """
+    if size == 1:
+        return (range(length),)
+    chunk, rest = divmod(length, 2 * size)
+    if rest or not chunk:
+        raise LayoutError(
+            f"a row cannot be cut for {size} context-parallel ranks",
+            found=f"{length} tokens",
+            allowed=f"a multiple of 2 x {size}",
+        )
+    return tuple(range(c * chunk, (c + 1) * chunk) for c in (rank, 2 * size - 1 - rank))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +60,67 @@ class Batch:
     positions: Tensor
     """[batch, seq] int64"""
     document_ids: Tensor | None
-    """[batch, seq] int64, ascending in a row from 0; None: attention may cross documents"""
+    """[batch, row] int64, ascending in a row from 0; None: attention may cross documents. Always of whole rows and in
+    host memory: where a document begins and ends decides which kernels run"""
     samples: Tensor
     """[batch] int64, index of the row in this step's global batch"""
     step: int
     """Optimizer step, from 1"""
+    columns: Tensor | None = None
+    """[seq] int64, place in the row of each token that is here; None: the rows are whole"""
+
+    @property
+    def places(self) -> Tensor:
+        """[seq] int64, `columns` also where the rows are whole."""
+        if self.columns is not None:
+            return self.columns
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device)
+
+    def context_part(self, rank: int, size: int) -> Batch:
+        """What context-parallel rank `rank` of `size` has of these whole rows.
+
+        Raises:
+            LayoutError: rows cannot be cut into 2 x size equal chunks, or were cut before.
+        """
+        if self.columns is not None:
+            raise LayoutError("rows are cut for context parallelism twice", found=self.columns.tolist()[:4])
+        if size == 1:
+            return self
+        parts = context_columns(rank, size=size, length=self.tokens.shape[1])
+
+        def cut(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor[:, part.start : part.stop] for part in parts], dim=1)
+
+        columns = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+        return replace(
+            self,
+            tokens=cut(self.tokens),
+            labels=cut(self.labels),
+            mask=cut(self.mask),
+            positions=cut(self.positions),
+            columns=columns.to(self.tokens.device),
+        )
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows start..stop-1: a micro-batch (views, no copies)."""
-        return self._map(lambda tensor: tensor[start:stop])
+        ids = None if self.document_ids is None else self.document_ids[start:stop]
+        return replace(self._map(lambda tensor: tensor[start:stop]), document_ids=ids)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        columns = None if self.columns is None else self.columns.to(device, non_blocking=True)
+        return replace(moved, columns=columns)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(
+        """With every tensor that has one entry or row a sample changed, `document_ids` aside."""
+        return replace(
+            self,
             tokens=change(self.tokens),
             labels=change(self.labels),
             mask=change(self.mask),
             positions=change(self.positions),
-            document_ids=None if self.document_ids is None else change(self.document_ids),
             samples=change(self.samples),
-            step=self.step,
         )
 
 
