@@ -16,6 +16,7 @@ sums run in fp32. Non-contiguous input is refused: gloo reduces the wrong memory
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -135,6 +136,26 @@ def gather_last(tensor: Tensor, group: Group) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(group.size)]
     dist.all_gather(parts, tensor, group=group.handle)
     return torch.cat(parts, dim=-1)
+
+
+def start_exchange(
+    rows: Tensor, group: Group, *, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+) -> Pending:
+    """Begin to deal rows: the first send[0] go to the group's rank 0, the next send[1] to rank 1, ...
+
+    The result holds receive[r] rows of every rank r, in rank order (no gradient).
+
+    Args:
+        rows: [sum(send), ...].
+        send, receive: rows to and from each rank; None: equal numbers.
+    """
+    if group.size == 1:
+        return Pending(rows)
+    _check(rows)
+    arriving = rows.new_empty((rows.shape[0] if receive is None else sum(receive), *rows.shape[1:]))
+    splits = [None if part is None else list(part) for part in (receive, send)]
+    work = dist.all_to_all_single(arriving, rows, *splits, group=group.handle, async_op=True)
+    return Pending(arriving, work=work)
 
 
 def broadcast_(tensor: Tensor, group: Group, *, source: int) -> Tensor:
