@@ -21,6 +21,7 @@ import torch
 
 from megads import log
 from megads.assemble import rules, source, wiring
+from megads.assemble.step import StepResult, train_step
 from megads.checkpoint.background import SavePlan, Saver
 from megads.checkpoint.load import resume
 from megads.checkpoint.preflight import check_writable
@@ -42,7 +43,6 @@ from megads.train import state
 from megads.train.lock import locked
 from megads.train.metrics import peak_memory, peak_tflops
 from megads.train.report import Reporter, short_names
-from megads.train.step import StepResult, train_step
 from megads.train.stop import SAVED, StopRequest
 
 _log = logging.getLogger("megads.train")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from megads.assemble.step import StepResult, train_step
 from megads.assemble.wiring import build_engine, build_executors, build_model, layout_of
 from megads.optim.engine import Engine
 from megads.parallel.mesh import Mesh, build_mesh
 from megads.pipeline.executor import Executor
-from megads.train.step import StepResult, train_step
 from tests.parity.harness import VOCAB, Case, Model, make_batch, make_config
 
 pytestmark = [

@@ -20,6 +20,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 deepspeed = pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 from megads.assemble.deepspeed_keys import owned_keys  # noqa: E402
+from megads.assemble.step import train_step  # noqa: E402
 from megads.assemble.wiring import build_engine, build_executors, build_model, layout_of  # noqa: E402
 from megads.config.optim import OptimConfig  # noqa: E402
 from megads.config.root import Config  # noqa: E402
@@ -27,7 +28,6 @@ from megads.errors import ConfigError  # noqa: E402
 from megads.optim import deepspeed_zero  # noqa: E402
 from megads.optim.engine import Engine  # noqa: E402
 from megads.parallel.mesh import build_mesh  # noqa: E402
-from megads.train.step import train_step  # noqa: E402
 from tests.parity.harness import (  # noqa: E402
     GLOBAL_BATCH,
     VOCAB,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megads.assemble.step import train_step
 from megads.assemble.wiring import build_engine, build_executors, build_model, layout_of
 from megads.config.batch import BatchConfig
 from megads.config.data import DataConfig
@@ -24,7 +25,6 @@ from megads.config.run import RunConfig
 from megads.data.sequence import Batch
 from megads.parallel.mesh import Mesh, build_mesh
 from megads.parallel.parameter import Piece
-from megads.train.step import train_step
 from tests.ranks import run_ranks
 
 GLOBAL_BATCH = 28  # 7 micro-batches under every data-parallel degree

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from megads.assemble import step as train_step_module
 from megads.layers import linear
 from megads.parallel import gradient
 from megads.parallel.collectives import Pending
 from megads.parallel.mesh import Mesh
-from megads.train import step as train_step_module
 from tests.parity.harness import Case, Model, Outcome, gradient_error, run_case
 
 CASES = (

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from megads.assemble.step import train_step
 from megads.assemble.wiring import build_engine, build_executors, build_model, layout_of
 from megads.optim.zero import NativeEngine
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import build_mesh
-from megads.train.step import train_step
 from tests.parity.harness import GLOBAL_BATCH, VOCAB, Case, Model, make_batch, make_config
 from tests.ranks import run_ranks
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from megads.assemble.step import train_step
 from megads.assemble.wiring import build_engine, build_executors, build_model, layout_of
 from megads.optim.precision import LossScale
 from megads.parallel.mesh import build_mesh
-from megads.train.step import train_step
 from tests.parity.harness import (
     GLOBAL_BATCH,
     VOCAB,

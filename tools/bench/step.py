@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megads.assemble.step import train_step
 from megads.assemble.wiring import build_engine, build_executors, build_model, layout_of
 from megads.config.batch import BatchConfig
 from megads.config.data import DataConfig
@@ -31,7 +32,6 @@ from megads.model.catalog import describe
 from megads.optim.precision import COMPUTE_DTYPES
 from megads.parallel.mesh import build_mesh
 from megads.train.metrics import peak_memory, peak_tflops
-from megads.train.step import train_step
 from tools.bench.measure import Ceilings, ceilings, print_table, seconds_of, synchronize
 from tools.bench.plain import PlainShape, PlainTrainer
 

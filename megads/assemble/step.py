@@ -8,6 +8,7 @@ The loss is (sum over ranks) / (count over ranks), so it is the same number unde
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,14 @@ from megads.optim.engine import Engine, StepReport
 from megads.parallel.collectives import all_reduce_
 from megads.parallel.mesh import Mesh
 from megads.pipeline.executor import Executor, local_sum
-from megads.train.stop import StopRequest
+
+
+class Stop(Protocol):
+    """What may ask a rank to end its run after a step (`train/stop.py`)."""
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether this rank was asked to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ def train_step(
     engine: Engine,
     mesh: Mesh,
     lr: float,
-    stop: StopRequest | None = None,
+    stop: Stop | None = None,
 ) -> StepResult:
     """Run one optimizer step on this rank's rows of the global batch.
 
