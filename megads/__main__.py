@@ -33,7 +33,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "evaluate": ("megads.evaluate.perplexity:main", "perplexity and bits per byte of a checkpoint"),
         "generate": ("megads.evaluate.generate:main", "sample text from a checkpoint"),
-        "schedule": ("megads.pipeline.render:main", "draw and check a pipeline schedule"),
+        "schedule": ("megads.pipeline.report:main", "prove, time, compare and draw pipeline schedules"),
         "explain": ("megads.config.explain:main", "what a config key means: explain [KEY]"),
     }
 )

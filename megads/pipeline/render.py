@@ -1,4 +1,4 @@
-"""Draws schedules: a text grid of ranks x time, an SVG of the same, and the verb `python -m megads schedule`.
+"""Draws schedules: a text grid of ranks x time, and an SVG of the same.
 
     0 |F0F1..B0--F2B1--..B2--      `-` is the rest of an action, `.` is idle time
     1 |..F0B0--F1B1--F2B2--..
@@ -8,20 +8,12 @@ What is drawn is the timeline that `simulate.py` computes; nothing here knows a 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from xml.sax.saxutils import escape
 
-from megads.errors import ScheduleError
-from megads.pipeline.action import Action, Kind, Schedule
-from megads.pipeline.closed_form import Sizes, Work
-from megads.pipeline.schedules import SCHEDULES, build
-from megads.pipeline.simulate import Span, Timeline, equal_costs, simulate
-from megads.pipeline.text import read_schedule
-from megads.pipeline.verify import Transport, verify
+from megads.pipeline.action import Action, Kind, Overlap, Schedule
+from megads.pipeline.simulate import Span, Timeline
 
 _WIDTH = 100
 """Columns of the text grid before it continues below."""
@@ -103,7 +95,8 @@ def svg(timeline: Timeline) -> str:
     bottom = top + _LINE * schedule.num_ranks
     title = (
         f"{schedule.name}: {schedule.num_stages} stages on {schedule.num_ranks} ranks, "
-        f"{schedule.num_micro_batches} micro-batches, bubble {timeline.bubble_fraction:.1%}"
+        f"{schedule.num_micro_batches} micro-batches, bubble {timeline.bubble_fraction:.1%} "
+        f"({timeline.bubble_fraction_without_barrier:.1%} without the optimizer's barrier)"
     )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{bottom + 42}" '
@@ -139,8 +132,14 @@ def _svg_legend(schedule: Schedule, kinds: set[Kind], left: float) -> list[str]:
         )
         parts.append(f'<text x="{left + 20}" y="57" fill="#1f2933">{name}</text>')
         left += 40 + 7 * len(name)
+    notes = []
     if schedule.num_stages > schedule.num_ranks:
-        parts.append(f'<text x="{left}" y="57" fill="#52606d">darker: a later stage of the rank</text>')
+        notes.append("darker: a later stage of the rank")
+    if len(schedule.placement) == 2:
+        notes.append("darker: the other direction")
+    if any(isinstance(cell, Overlap) for _, _, cell in schedule.cells()):
+        notes.append("one above the other: side by side in time")
+    parts.append(f'<text x="{left}" y="57" fill="#52606d">{"; ".join(notes)}</text>')
     return parts
 
 
@@ -167,9 +166,15 @@ def _svg_span(schedule: Schedule, span: Span, left: float, y: float, scale: floa
 
 
 def _color(schedule: Schedule, action: Action) -> str:
-    """The colour of an action's kind, the darker the later its stage among those of a rank."""
+    """The colour of an action's kind, the darker the later its stage among those of a rank, or its direction."""
     color = _COLORS[action.kind][0]
-    chunk, last_chunk = action.stage // schedule.num_ranks, (schedule.num_stages - 1) // schedule.num_ranks
+    if len(schedule.placement) == 2:
+        chunk, last_chunk = 2 * action.micro_batch // schedule.num_micro_batches, 1
+    else:
+        chunk, last_chunk = (
+            action.stage // schedule.num_ranks,
+            (schedule.num_stages - 1) // schedule.num_ranks,
+        )
     light = 1 - 0.4 * chunk / max(last_chunk, 1)
     return "#" + "".join(f"{round(int(color[i : i + 2], 16) * light):02x}" for i in (1, 3, 5))
 
@@ -190,115 +195,3 @@ def _svg_axis(makespan: float, scale: float, left: float, y: float) -> list[str]
         )
     parts.append(f'<text x="{left - 10}" y="{y + 20}" text-anchor="end" fill="#52606d">time</text>')
     return parts
-
-
-def main(argv: list[str]) -> int:
-    """`python -m megads schedule NAME`: prove a schedule, draw it, and say its bubble and its memory.
-
-    Raises:
-        ScheduleError: an unknown name, impossible counts, or a schedule that is refused by `verify`.
-    """
-    arguments = _parser().parse_args(argv)
-    for name in ("f", "b"):
-        if not 0 < getattr(arguments, name) < float("inf"):
-            raise ScheduleError(f"--{name} is not a duration", found=getattr(arguments, name), allowed="> 0")
-    schedule = _find(arguments)
-    verify(schedule)
-    share = schedule.num_ranks / schedule.num_stages  # of a rank's work, in one stage
-    costs = equal_costs(schedule.num_stages, forward=arguments.f * share, backward=arguments.b * share)
-    timeline = simulate(schedule, costs)
-    if arguments.svg is not None:
-        _write(arguments.svg, svg(timeline))
-    sys.stdout.write(_report(arguments, timeline))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m megads schedule",
-        description="Prove a pipeline schedule, draw it, and say its bubble and its memory.",
-    )
-    parser.add_argument("name", metavar="NAME", help=f"{', '.join(SCHEDULES)}, or a file in the text form")
-    parser.add_argument("--stages", type=int, metavar="P", help="pipeline ranks (a file says so itself)")
-    parser.add_argument("--micro-batches", type=int, metavar="M", help="micro-batches a step (likewise)")
-    parser.add_argument("--chunks", type=int, metavar="V", help="stages that each rank holds (default 1)")
-    for name, default, what in (("--f", 1.0, "forward"), ("--b", 2.0, "backward")):
-        text = f"{what} of a micro-batch on all stages of a rank (default {default:g})"
-        parser.add_argument(name, type=float, default=default, metavar="TIME", help=text)
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw it into this file as well")
-    return parser
-
-
-def _find(arguments: argparse.Namespace) -> Schedule:
-    """The schedule that the command line names: from the table, else from a file."""
-    name, path = arguments.name, Path(arguments.name)
-    wanted = {
-        "--stages": arguments.stages,
-        "--micro-batches": arguments.micro_batches,
-        "--chunks": arguments.chunks,
-    }
-    if name not in SCHEDULES and path.is_file():
-        schedule = read_schedule(path)
-        chunks, micro_batches = schedule.num_stages // schedule.num_ranks, schedule.num_micro_batches
-        for option, found in zip(wanted, (schedule.num_ranks, micro_batches, chunks), strict=True):
-            if wanted[option] not in (None, found):
-                raise ScheduleError(
-                    f"{option} is not what the file says",
-                    found=wanted[option],
-                    allowed=found,
-                    do="leave it out",
-                )
-        return schedule
-    if name not in SCHEDULES and path.suffix:
-        raise ScheduleError(
-            f"schedule file {path} does not exist",
-            found=name,
-            allowed=f"an existing file, or {', '.join(SCHEDULES)}",
-        )
-    if name in SCHEDULES:
-        for option in ("--stages", "--micro-batches"):
-            if wanted[option] is None:
-                raise ScheduleError(f"schedule {name} needs {option}", allowed="a number >= 1")
-    num_chunks = 1 if arguments.chunks is None else arguments.chunks
-    return build(
-        name,
-        num_stages=arguments.stages * num_chunks,
-        num_micro_batches=arguments.micro_batches,
-        num_chunks=num_chunks,
-    )
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ScheduleError(f"--svg {path} cannot be written", found=error) from error
-
-
-def _report(arguments: argparse.Namespace, timeline: Timeline) -> str:
-    """What the verb prints."""
-    schedule, forward, backward = timeline.schedule, arguments.f, arguments.b
-    num_ranks, num_micro_batches = schedule.num_ranks, schedule.num_micro_batches
-    idle = sorted(timeline.idle)
-    spread = f"{idle[0]:g}" if idle[-1] - idle[0] < 1e-9 else f"{idle[0]:g} to {idle[-1]:g}"
-    lines = [
-        f"{schedule.name}: {schedule.num_stages} stages on {num_ranks} ranks, "
-        f"{num_micro_batches} micro-batches, F = {forward:g}, B = {backward:g}",
-        "",
-        text_grid(timeline),
-        "",
-        f"bubble       {timeline.bubble_fraction:.1%}, {spread} of {timeline.makespan:g} on each rank",
-    ]
-    if recipe := SCHEDULES.get(arguments.name):
-        sizes = Sizes(num_ranks, num_micro_batches, schedule.num_chunks)
-        bubble = recipe.bubble(sizes, Work(forward, backward / 2, backward / 2))
-        if bubble is None:
-            lines.append(f"closed form  none for {num_micro_batches} micro-batches and these costs")
-        else:
-            fraction = bubble / (bubble + num_micro_batches * (forward + backward))
-            lines.append(f"closed form  {fraction:.1%}, {recipe.bubble_formula} = {bubble:g}")
-    lines += [
-        f"live peak    {' '.join(map(str, timeline.peak_live))} micro-batches of a stage, rank by rank",
-        f"proven       work, order, messages, reductions, no deadlock on {len(Transport)} transports",
-    ]
-    return "\n".join(lines) + "\n"

@@ -40,6 +40,7 @@ class Recipe:
         is_vee: whether stages are placed as a V; else they are dealt in turn.
         bubble: its bubble in closed form.
         bubble_formula: the same for a reader.
+        note: what a user who compares schedules should know.
     """
 
     build: Builder
@@ -47,6 +48,7 @@ class Recipe:
     is_vee: bool
     bubble: Bubble
     bubble_formula: str
+    note: str
 
 
 def _fixed(builder: Callable[[int, int], Schedule], wanted: int) -> Builder:
@@ -66,20 +68,53 @@ def _fixed(builder: Callable[[int, int], Schedule], wanted: int) -> Builder:
 
 SCHEDULES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "gpipe": Recipe(_fixed(gpipe, 1), 1, False, closed_form.fill_and_drain, "(p-1)(F+B)"),
-        "one_f_one_b": Recipe(_fixed(one_f_one_b, 1), 1, False, closed_form.fill_and_drain, "(p-1)(F+B)"),
-        "interleaved": Recipe(interleaved, None, False, closed_form.interleaved, "(p-1)(F+B)/v"),
+        "gpipe": Recipe(
+            _fixed(gpipe, 1),
+            1,
+            False,
+            closed_form.fill_and_drain,
+            "(p-1)(F+B)",
+            "memory grows with micro-batches",
+        ),
+        "one_f_one_b": Recipe(
+            _fixed(one_f_one_b, 1), 1, False, closed_form.fill_and_drain, "(p-1)(F+B)", "least communication"
+        ),
+        "interleaved": Recipe(
+            interleaved, None, False, closed_form.interleaved, "(p-1)(F+B)/v", "v times the messages"
+        ),
         "zero_bubble_h1": Recipe(
-            _fixed(zero_bubble_h1, 1), 1, False, closed_form.zero_bubble_h1, "(p-1)(F+I-W)"
+            _fixed(zero_bubble_h1, 1),
+            1,
+            False,
+            closed_form.zero_bubble_h1,
+            "(p-1)(F+I-W)",
+            "splits backwards",
         ),
         "zero_bubble_h2": Recipe(
-            _fixed(zero_bubble_h2, 1), 1, False, closed_form.zero_bubble_h2, "(p-1)(F+I-2W)"
+            _fixed(zero_bubble_h2, 1),
+            1,
+            False,
+            closed_form.zero_bubble_h2,
+            "(p-1)(F+I-2W)",
+            "splits backwards",
         ),
-        "zbv": Recipe(_fixed(zbv, 2), 2, True, closed_form.zbv, "0"),
+        "zbv": Recipe(_fixed(zbv, 2), 2, True, closed_form.zbv, "0", "splits backwards, twice the messages"),
         "dualpipe_v": Recipe(
-            _fixed(dualpipe_v, 2), 2, True, closed_form.dualpipe_v, "(p-1)(F&B+B-3W) of one stage"
+            _fixed(dualpipe_v, 2),
+            2,
+            True,
+            closed_form.dualpipe_v,
+            "(p-1)(F&B+B-3W) of one stage",
+            "overlaps pairs (--overlap), splits backwards, twice the messages",
         ),
-        "dualpipe": Recipe(_fixed(dualpipe, 1), 1, False, closed_form.dualpipe, "(p/2-1)(F&B+B-3W)"),
+        "dualpipe": Recipe(
+            _fixed(dualpipe, 1),
+            1,
+            False,
+            closed_form.dualpipe,
+            "(p/2-1)(F&B+B-3W)",
+            "overlaps pairs (--overlap); twin parameters: simulated, not trained (dualpipe_v is)",
+        ),
     }
 )
 """Name -> recipe, for `parallel.schedule` and `python -m megads schedule`."""
