@@ -103,17 +103,6 @@ def stages_have_blocks(config: Config, world_size: int) -> Finding | None:
     )
 
 
-def only_interleaving_has_virtual_stages(config: Config, world_size: int) -> Finding | None:
-    parallel = config.parallel
-    if parallel.virtual_stages == 1 or parallel.schedule == "interleaved":
-        return None
-    return Finding(
-        "parallel.virtual_stages",
-        f"{parallel.virtual_stages} with parallel.schedule {parallel.schedule}, which has one stage a rank",
-        "1, or parallel.schedule=interleaved",
-    )
-
-
 def sequence_fills_tensor(config: Config, world_size: int) -> Finding | None:
     length, tensor = config.data.sequence_length, config.parallel.tensor
     if not config.parallel.sequence or length % tensor == 0:
@@ -177,7 +166,6 @@ RULES: tuple[Rule, ...] = (
     hidden_fills_heads,
     rotary_head_is_even,
     stages_have_blocks,
-    only_interleaving_has_virtual_stages,
     sequence_fills_tensor,
     batch_fills_ranks,
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megads.assemble.schedule import placement, schedule_of
 from megads.config.root import Config
 from megads.model.catalog import describe
 from megads.model.decoder import DecoderSpec, make_blocks
@@ -25,7 +26,6 @@ from megads.pipeline.action import Overlap, Schedule
 from megads.pipeline.executor import Executor, forwards
 from megads.pipeline.lower import lower
 from megads.pipeline.partition import partition
-from megads.pipeline.schedules import build, placement_of
 from megads.pipeline.stage import Stage
 from megads.pipeline.transport import TensorSpec, Transport
 
@@ -45,9 +45,7 @@ def layout_of(config: Config, world_size: int) -> Layout:
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
         virtual_stages=parallel.virtual_stages,
-        placement=placement_of(
-            parallel.schedule, num_ranks=parallel.pipeline, num_chunks=parallel.virtual_stages
-        ),
+        placement=placement(parallel),
     )
 
 
@@ -135,12 +133,8 @@ class Executors:
 
 def build_executors(config: Config, model: Model, *, mesh: Mesh) -> Executors:
     """Executors of one training batch and of an evaluation batch of the same number of rows."""
-    schedule = build(
-        config.parallel.schedule,
-        num_stages=mesh.layout.num_stages,
-        num_micro_batches=rows_of(config, mesh) // config.batch.micro,
-        num_chunks=mesh.layout.virtual_stages,
-    )
+    num_micro_batches = rows_of(config, mesh) // config.batch.micro
+    schedule = schedule_of(config.parallel, num_micro_batches=num_micro_batches)
     pipeline = mesh.group("pp")
     in_steps = any(isinstance(cell, Overlap) for cell in schedule.rows[pipeline.rank])
     stages = {
@@ -156,7 +150,8 @@ def build_executors(config: Config, model: Model, *, mesh: Mesh) -> Executors:
         return (TensorSpec((seq // cut, rows, model.spec.hidden), dtype),)
 
     def executor(chosen: Schedule) -> Executor:
-        return Executor(lower(chosen), pipeline.rank, stages=stages, transport=transport, payload=payload)
+        lowered = chosen if chosen.is_lowered else lower(chosen)
+        return Executor(lowered, pipeline.rank, stages=stages, transport=transport, payload=payload)
 
     return Executors(executor(schedule), executor(forwards(schedule)))
 

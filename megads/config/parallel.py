@@ -6,7 +6,12 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from megads.config.section import section
+from megads.config.section import Text, section
+
+
+ScheduleName = Literal[
+    "gpipe", "one_f_one_b", "interleaved", "zero_bubble_h1", "zero_bubble_h2", "zbv", "dualpipe_v"
+]
 
 
 @section
@@ -31,8 +36,9 @@ class ParallelConfig:
     pipeline: PositiveInt = 1
     """Pipeline-parallel degree: stages that the layers are dealt to."""
     virtual_stages: PositiveInt = 1
-    """Stages that each pipeline rank holds, for `interleaved`."""
-    schedule: Literal["gpipe", "one_f_one_b", "interleaved"] = "one_f_one_b"
-    """Pipeline schedule; `python -m megads schedule NAME` draws it."""
+    """Stages that each pipeline rank holds: any number for `interleaved`, 2 for `zbv` and `dualpipe_v`."""
+    schedule: ScheduleName | Text = "one_f_one_b"
+    """Pipeline schedule, or the path of a file with one of your own (its form: `megads/pipeline/text.py`);
+    `python -m megads schedule NAME` draws it."""
     recompute: Literal["none", "full"] | tuple[Literal["attention", "mlp"], ...] = "none"
     """What is computed again in the backward instead of kept: nothing, whole layers, or the named parts of each."""

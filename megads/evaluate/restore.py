@@ -54,6 +54,8 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
     defaults = (
         "parallel.tensor=1",
         "parallel.pipeline=1",
+        "parallel.virtual_stages=1",
+        "parallel.schedule=gpipe",
         f"batch.micro={ROWS}",
         f"batch.global={ROWS * place.world_size}",
     )

@@ -18,6 +18,8 @@ from megads.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
+SCHEDULE_FILES = Path(__file__).parent / "schedules"
+
 RANKS = {"quickstart": 4, "gpt2-124m": 8, "llama-1b": 8, "llama-8b": 64}
 
 BASE = """\
@@ -37,7 +39,12 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "heads_share_kv_heads": (["model.kv_heads=4"], 1, "model.kv_heads", ["6 / 4 = 1.5", "1, 2, 3, 6"], ["model.kv_heads=3"]),
     "hidden_fills_heads": (["model.hidden=50"], 1, "model.hidden", ["50 / model.heads 6 = 8.33333", "48 or 54"], ["model.hidden=48"]),
     "rotary_head_is_even": (["model.hidden=42"], 1, "model.hidden", ["42 / model.heads 6 = 7", "36 or 48"], ["model.hidden=36"]),
-    "only_interleaving_has_virtual_stages": (["parallel.virtual_stages=2"], 1, "parallel.virtual_stages", ["2 with parallel.schedule one_f_one_b", "interleaved"], ["parallel.schedule=interleaved"]),
+    "schedule_is_known": (["parallel.schedule=zbz"], 1, "parallel.schedule", ["zbz, which is no schedule and no file", "zero_bubble_h1", "did you mean zbv"], ["parallel.schedule=gpipe"]),
+    "schedule_file_is_right": ([f"parallel.schedule={SCHEDULE_FILES}/wrong.txt", "parallel.pipeline=2", "batch.global=2"], 2, "parallel.schedule", ["1B1 is missing", "draws it"], [f"parallel.schedule={SCHEDULE_FILES}/right.txt"]),
+    "schedule_has_one_direction": (["parallel.schedule=dualpipe", "parallel.pipeline=2"], 2, "parallel.schedule", ["dualpipe holds every parameter twice", "dualpipe_v"], ["parallel.schedule=dualpipe_v", "parallel.virtual_stages=2"]),
+    "virtual_stages_fit_schedule": (["parallel.virtual_stages=2"], 1, "parallel.virtual_stages", ["2 with parallel.schedule one_f_one_b, which has 1", "interleaved"], ["parallel.schedule=interleaved"]),
+    "schedule_file_fits_ranks": ([f"parallel.schedule={SCHEDULE_FILES}/right.txt", "batch.global=2"], 1, "parallel.schedule", ["2 stages on 2 ranks; parallel.pipeline is 1", "parallel.pipeline=2"], ["parallel.schedule=gpipe"]),
+    "schedule_file_fits_batch": ([f"parallel.schedule={SCHEDULE_FILES}/right.txt", "parallel.pipeline=2"], 2, "batch.global", ["12 is 12 micro-batches a replica", "schedule of 2"], ["batch.global=2"]),
     "sequence_fills_tensor": (["parallel.sequence=true", "parallel.tensor=3"], 3, "data.sequence_length", ["8 / parallel.tensor 3 = 2.66667", "6 or 9"], ["data.sequence_length=9"]),
     "stages_have_blocks": (["parallel.pipeline=5"], 5, "parallel.pipeline x parallel.virtual_stages", ["5 stages", "2 layers + embedding + head = 4 blocks", "at most 4"], ["model.layers=3"]),
     "batch_fills_ranks": (["batch.global=10", "batch.micro=2"], 4, "batch.global", ["10 / (batch.micro 2 x 4 data-parallel ranks) = 1.25", "8 or 16"], ["batch.global=16"]),
