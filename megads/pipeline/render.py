@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from xml.sax.saxutils import escape
 
-from megads.pipeline.action import Action, Kind, Overlap, Schedule
+from megads.pipeline.action import Action, Cell, Kind, Overlap, Schedule
 from megads.pipeline.simulate import Span, Timeline
 
 _WIDTH = 100
@@ -22,7 +22,7 @@ _WIDTH = 100
 def text_grid(timeline: Timeline, width: int = _WIDTH) -> str:
     """The timeline as plain ASCII, at most `width` columns; what does not fit continues in a block below."""
     schedule = timeline.schedule
-    labels = [[_label(schedule, span) for span in row] for row in timeline.spans]
+    labels = [[_label(schedule, span.cell) for span in row] for row in timeline.spans]
     scale = _columns_per_unit(timeline, labels)
     total = round(timeline.makespan * scale)
     lines = []
@@ -44,12 +44,12 @@ def text_grid(timeline: Timeline, width: int = _WIDTH) -> str:
     return "\n\n".join(blocks)
 
 
-def _label(schedule: Schedule, span: Span) -> str:
+def _label(schedule: Schedule, cell: Cell) -> str:
     """`F3` where every rank holds one stage, `2F3` elsewhere; `(0F4+1B2)` for a pair."""
     is_plain = len(schedule.placement) == 1 and schedule.num_stages == schedule.num_ranks
-    if is_plain and isinstance(span.cell, Action):
-        return f"{span.cell.kind.value}{span.cell.micro_batch}"
-    return str(span.cell)
+    if is_plain and isinstance(cell, Action):
+        return f"{cell.kind.value}{cell.micro_batch}"
+    return str(cell)
 
 
 def _columns_per_unit(timeline: Timeline, labels: list[list[str]]) -> float:
@@ -80,87 +80,94 @@ _COLORS: Mapping[Kind, tuple[str, str]] = MappingProxyType(
 )
 _IDLE = "#eceff3"
 _LINE = 34
-"""Height of a rank's row in pixels, gap included."""
+"""Height of a rank's row in pixels, gap included; a second box of an overlapped pair adds `_PAIR`."""
+_PAIR = 20
+_GAP = 6
 
 
 def svg(timeline: Timeline) -> str:
     """The timeline as a self-contained SVG picture: ranks downwards, time to the right, idle time in grey."""
     schedule = timeline.schedule
     spans = [(rank, span) for rank, row in enumerate(timeline.spans) for span in row]
-    shortest = min((span.stop - span.start for _, span in spans if span.stop > span.start), default=1.0)
-    label = max(len(_label(schedule, span)) for _, span in spans)
-    scale = (10 + 7 * label) / shortest  # pixels a time unit
-    left, top = 70, 84
-    width = max(left + timeline.makespan * scale + 24, 620)
-    bottom = top + _LINE * schedule.num_ranks
-    title = (
-        f"{schedule.name}: {schedule.num_stages} stages on {schedule.num_ranks} ranks, "
-        f"{schedule.num_micro_batches} micro-batches, bubble {timeline.bubble_fraction:.1%} "
-        f"({timeline.bubble_fraction_without_barrier:.1%} without the optimizer's barrier)"
-    )
+    labels = [
+        (len(_label(schedule, action)), span.stop - span.start)
+        for _, span in spans
+        for action in span.cell.actions
+    ]
+    scale = max(
+        ((10 + 7 * size) / time for size, time in labels if time > 0), default=1.0
+    )  # pixels a time unit
+    line = _LINE + (_PAIR if _has_pairs(schedule) else 0)
+    left, top = 70, 102
+    width = max(left + timeline.makespan * scale + 24, 680)
+    bottom = top + line * schedule.num_ranks
+    title = f"{schedule.name}: {schedule.num_stages} stages on {schedule.num_ranks} ranks, "
+    title += f"{schedule.num_micro_batches} micro-batches"
+    bubble = f"bubble {timeline.bubble_fraction:.1%} where the optimizer waits for all ranks, "
+    bubble += f"{timeline.bubble_fraction_without_barrier:.1%} where it does not"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{bottom + 42}" '
         f'viewBox="0 0 {width:.0f} {bottom + 42}" font-family="Helvetica, Arial, sans-serif" font-size="12">',
         f"<title>{escape(title)}</title>",
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="28" font-size="17" font-weight="bold" fill="#1f2933">{escape(title)}</text>',
+        f'<text x="{left}" y="26" font-size="17" font-weight="bold" fill="#1f2933">{escape(title)}</text>',
+        f'<text x="{left}" y="46" font-size="13" fill="#52606d">{bubble}</text>',
         *_svg_legend(schedule, {action.kind for _, span in spans for action in span.cell.actions}, left),
     ]
     for rank in range(schedule.num_ranks):
-        y = top + _LINE * rank
+        y = top + line * rank
         parts.append(
-            f'<text x="{left - 10}" y="{y + 19}" text-anchor="end" fill="#52606d">rank {rank}</text>'
+            f'<text x="{left - 10}" y="{y + line / 2:.0f}" text-anchor="end" fill="#52606d">rank {rank}</text>'
         )
-        parts.append(_svg_box(left, y, timeline.makespan * scale, _IDLE))
+        parts.append(
+            f'<rect x="{left:.2f}" y="{y}" width="{timeline.makespan * scale:.2f}" height="{line - _GAP}" '
+            f'fill="{_IDLE}"/>'
+        )
     for rank, span in spans:
-        parts.extend(_svg_span(schedule, span, left, top + _LINE * rank, scale))
+        x = left + span.start * scale
+        parts.extend(_svg_span(schedule, span, x, top + line * rank, (span.stop - span.start) * scale))
     parts.extend(_svg_axis(timeline.makespan, scale, left, bottom))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _svg_box(x: float, y: float, width: float, fill: str) -> str:
-    return f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LINE - 6}" fill="{fill}"/>'
+def _has_pairs(schedule: Schedule) -> bool:
+    return any(isinstance(cell, Overlap) for _, _, cell in schedule.cells())
 
 
 def _svg_legend(schedule: Schedule, kinds: set[Kind], left: float) -> list[str]:
-    """One swatch for each kind that occurs, one for idle time, and what the shades are where there are any."""
-    parts = []
+    """One swatch for each kind that occurs, one for idle time, and below what else the picture says."""
+    parts, x = [], left
     entries = [entry for kind, entry in _COLORS.items() if kind in kinds] + [(_IDLE, "idle")]
     for color, name in entries:
-        parts.append(
-            f'<rect x="{left}" y="46" width="14" height="14" rx="2" fill="{color}" stroke="#cbd2d9"/>'
-        )
-        parts.append(f'<text x="{left + 20}" y="57" fill="#1f2933">{name}</text>')
-        left += 40 + 7 * len(name)
+        parts.append(f'<rect x="{x}" y="58" width="14" height="14" rx="2" fill="{color}" stroke="#cbd2d9"/>')
+        parts.append(f'<text x="{x + 20}" y="69" fill="#1f2933">{name}</text>')
+        x += 40 + 7 * len(name)
     notes = []
     if schedule.num_stages > schedule.num_ranks:
         notes.append("darker: a later stage of the rank")
     if len(schedule.placement) == 2:
         notes.append("darker: the other direction")
-    if any(isinstance(cell, Overlap) for _, _, cell in schedule.cells()):
-        notes.append("one above the other: side by side in time")
-    parts.append(f'<text x="{left}" y="57" fill="#52606d">{"; ".join(notes)}</text>')
+    if _has_pairs(schedule):
+        notes.append("one above the other: overlapped")
+    parts.append(f'<text x="{left}" y="90" fill="#52606d">{"; ".join(notes)}</text>')
     return parts
 
 
-def _svg_span(schedule: Schedule, span: Span, left: float, y: float, scale: float) -> list[str]:
+def _svg_span(schedule: Schedule, span: Span, x: float, y: float, width: float) -> list[str]:
     """One cell: a box with its label; an overlapped pair is two boxes, one above the other."""
-    x, width = left + span.start * scale, (span.stop - span.start) * scale
     actions = span.cell.actions
-    height = (_LINE - 6) / len(actions)
+    height = (_LINE + (_PAIR if _has_pairs(schedule) else 0) - _GAP) / len(actions)
     parts = []
     for index, action in enumerate(actions):
         top = y + index * height
         parts.append(
             f'<rect x="{x + 0.5:.2f}" y="{top:.2f}" width="{max(width - 1, 0.5):.2f}" height="{height:.2f}" '
             f'rx="3" fill="{_color(schedule, action)}">'
-            f"<title>{action}: {span.start:g} to {span.stop:g}</title></rect>"
+            f"<title>{span.cell}: {span.start:g} to {span.stop:g}</title></rect>"
         )
-        name = _label(schedule, Span(action, span.start, span.stop))
-        size = 12 if len(actions) == 1 else 10
         parts.append(
-            f'<text x="{x + width / 2:.2f}" y="{top + height / 2 + size / 3:.2f}" font-size="{size}" '
-            f'text-anchor="middle" fill="white">{name}</text>'
+            f'<text x="{x + width / 2:.2f}" y="{top + height / 2 + 4:.2f}" text-anchor="middle" '
+            f'fill="white">{_label(schedule, action)}</text>'
         )
     return parts
 
