@@ -248,11 +248,13 @@ def _fill(reader: StepReader, pieces: Sequence[Piece]) -> None:
         for chunk in reader.manifest.tensors[name].chunks
         if any(chunk.box.intersect(piece.box) is not None for piece in wanted)
     ]
-    for chunk, name in sorted(needed, key=lambda item: (item[0].file, item[0].offset)):
-        dtype = getattr(torch, reader.manifest.tensors[name].dtype)
-        values = torch.frombuffer(reader.read_chunk(chunk, name=name), dtype=dtype).view(chunk.box.shape)
-        for piece in by_name[name]:
-            _copy_common(piece, chunk.box, values)
+    needed.sort(key=lambda item: (item[0].file, item[0].offset))
+    with reader.reading(needed) as chunks:
+        for read in chunks:
+            dtype = getattr(torch, reader.manifest.tensors[read.name].dtype)
+            values = torch.frombuffer(read.data, dtype=dtype).view(read.chunk.box.shape)
+            for piece in by_name[read.name]:
+                _copy_common(piece, read.chunk.box, values)
 
 
 def _copy_common(piece: Piece, box: Box, values: torch.Tensor) -> None:

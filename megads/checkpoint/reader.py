@@ -6,12 +6,15 @@ bytes here.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megads.checkpoint.ahead import ahead
 from megads.checkpoint.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -30,6 +33,15 @@ STEP_NAME = re.compile(r"step-(\d{8,})")
 def step_name(step: int) -> str:
     """Name of a step's directory."""
     return f"step-{step:08d}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadChunk:
+    """A chunk of tensor `name` and its checked bytes."""
+
+    chunk: Chunk
+    name: str
+    data: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +85,57 @@ class StepReader:
             return describe_failure(error)
         return None if found == expected else f"{path}: {found} bytes, {expected} were saved"
 
-    def read_chunk(self, chunk: Chunk, *, name: str) -> bytearray:
+    def read_chunk(self, chunk: Chunk, *, name: str) -> memoryview:
         """The bytes of a chunk of tensor `name`, checked: what is returned is what was hashed.
 
         Raises:
             DamageError: they cannot be read, or are not those that were saved.
         """
+        return self._checked(chunk, name, self._fetch(chunk, name, memoryview(bytearray(chunk.size))))
+
+    @contextmanager
+    def reading(self, wanted: Sequence[tuple[Chunk, str]]) -> Iterator[Iterator[ReadChunk]]:
+        """Gives chunks of the named tensors in this order, each read while the one before is hashed and used.
+
+        Memory: two chunks. The bytes of one are valid until the next is asked for.
+
+        Raises:
+            DamageError: where a chunk would be handed out, as `read_chunk`.
+        """
+        largest = max((chunk.size for chunk, _ in wanted), default=0)
+        buffers = itertools.cycle([memoryview(bytearray(largest)) for _ in range(2)])
+        reads = (
+            ReadChunk(chunk, name, self._fetch(chunk, name, next(buffers)[: chunk.size]))
+            for chunk, name in wanted
+        )
+        with ahead(reads) as chunks:
+            yield (replace(read, data=self._checked(read.chunk, read.name, read.data)) for read in chunks)
+
+    def _fetch(self, chunk: Chunk, name: str, into: memoryview) -> memoryview:
+        """Fill `into` with a chunk's bytes."""
         path = self.path / chunk.file
-        where = f"{path}: damaged at bytes {chunk.offset}..{chunk.offset + chunk.size}, tensor {name}"
         try:
-            data = self.store.read(path, offset=chunk.offset, size=chunk.size)
+            count = self.store.read_into(path, offset=chunk.offset, into=into)
         except OSError as error:
-            raise DamageError(where, found=describe_failure(error)) from error
-        if len(data) != chunk.size:
-            raise DamageError(where, found=f"{len(data)} bytes", allowed=f"{chunk.size} bytes")
+            raise DamageError(self._place(chunk, name), found=describe_failure(error)) from error
+        if count != chunk.size:
+            raise DamageError(self._place(chunk, name), found=f"{count} bytes", allowed=f"{chunk.size} bytes")
+        return into
+
+    def _checked(self, chunk: Chunk, name: str, data: memoryview) -> memoryview:
+        """`data`, if it has the hash of the chunk."""
         found = hash_bytes(data)
         if found != chunk.blake3:
             raise DamageError(
-                where, found=f"hash {found[:16]}", allowed=f"hash {chunk.blake3[:16]}, as saved"
+                self._place(chunk, name),
+                found=f"hash {found[:16]}",
+                allowed=f"hash {chunk.blake3[:16]}, as saved",
             )
         return data
+
+    def _place(self, chunk: Chunk, name: str) -> str:
+        stop = chunk.offset + chunk.size
+        return f"{self.path / chunk.file}: damaged at bytes {chunk.offset}..{stop}, tensor {name}"
 
 
 def open_step(path: str | Path, *, store: Store | None = None) -> StepReader:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
+from megads.checkpoint.ahead import ahead
 from megads.checkpoint.commit import Agreement, commit_step, take_turns
 from megads.checkpoint.manifest import (
     MAX_CHUNK_BYTES,
@@ -118,7 +119,8 @@ def _write(temporary: Path, pieces: Sequence[Piece], *, rank: int, store: Store)
 
     if all(piece.box.size == 0 for piece in pieces):
         return {"files": {}, "tensors": {piece.name: _entry(tensors, piece) for piece in pieces}}
-    write_file(store, temporary / name, blocks=blocks())
+    with ahead(blocks()) as hashed:
+        write_file(store, temporary / name, blocks=hashed)
     store.sync_directory(temporary)
     return {"files": {name: {"size": offset, "blake3": hasher.hexdigest()}}, "tensors": tensors}
 

@@ -158,8 +158,10 @@ class MemoryStore(Store):
     def free(self, path: Path) -> int:
         return 1 << 40
 
-    def read(self, path: Path, *, offset: int, size: int) -> bytearray:
-        return bytearray(self._node(path).data[offset : offset + size])
+    def read_into(self, path: Path, *, offset: int, into: memoryview) -> int:
+        data = self._node(path).data[offset : offset + len(into)]
+        into[: len(data)] = data
+        return len(data)
 
     def create(self, path: Path) -> int:
         with self._lock:

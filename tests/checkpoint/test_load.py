@@ -88,9 +88,9 @@ def test_only_chunks_that_meet_a_box_are_read(tmp_path: Path, monkeypatch: pytes
     class Counting(Store):
         total = 0
 
-        def read(self, path: Path, *, offset: int, size: int) -> bytearray:
-            self.total += size if path.suffix == ".bin" else 0
-            return super().read(path, offset=offset, size=size)
+        def read_into(self, path: Path, *, offset: int, into: memoryview) -> int:
+            self.total += len(into) if path.suffix == ".bin" else 0
+            return super().read_into(path, offset=offset, into=into)
 
     store = Counting()
     piece = Piece("w", (100, 10), Box((3, 2), (5, 4)), torch.zeros(2, 2))
@@ -164,10 +164,10 @@ def test_a_read_error_on_one_rank_is_told_by_all(tmp_path: Path, bad_rank: int) 
     path = save(tmp_path, 1, pieces=whole(state), objects={}, control=ALONE)
 
     class Bad(Store):
-        def read(self, path: Path, *, offset: int, size: int) -> bytearray:
+        def read_into(self, path: Path, *, offset: int, into: memoryview) -> int:
             if path.suffix == ".bin":
                 raise OSError(errno.EIO, "Input/output error", str(path))
-            return super().read(path, offset=offset, size=size)
+            return super().read_into(path, offset=offset, into=into)
 
     def one(control: Control) -> None:
         store = Bad() if control.rank == bad_rank else Store()
@@ -183,10 +183,10 @@ def test_a_bit_that_flips_while_reading_is_found(tmp_path: Path) -> None:
     path = save(tmp_path, 1, pieces=whole(small_state()), objects={}, control=ALONE)
 
     class Flipping(Store):
-        def read(self, path: Path, *, offset: int, size: int) -> bytearray:
-            data = super().read(path, offset=offset, size=size)
-            data[len(data) // 2] ^= 16
-            return data
+        def read_into(self, path: Path, *, offset: int, into: memoryview) -> int:
+            count = super().read_into(path, offset=offset, into=into)
+            into[count // 2] ^= 16
+            return count
 
     store = Flipping()
     with pytest.raises(DamageError, match="do not match its own hash"):

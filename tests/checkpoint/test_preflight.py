@@ -23,7 +23,7 @@ class Small(Store):
 class Elsewhere(Store):
     """A host that has its own, empty directory of the same name."""
 
-    def read(self, path: Path, *, offset: int, size: int) -> bytearray:
+    def read_into(self, path: Path, *, offset: int, into: memoryview) -> int:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
 
 
