@@ -1,7 +1,7 @@
 """What readers hand to the tool: parts of inputs, documents, bad records, and what is wanted of a record.
 
-Values alone live here. Finding files and cutting them into units lives in source, reading in line, parquet and
-text, templates in chat.
+Values alone live here. Finding files, cutting them into units and choosing a reader lives in source, reading in
+json_line, parquet and source, templates in chat.
 
     Inputs.files --plan_units--> Unit ... Unit --read_unit--> Documents, Documents, ...     (of each unit, in order)
 
@@ -12,6 +12,7 @@ text, templates in chat.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megads.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -31,7 +34,10 @@ STDIN = Path("-")
 """The name of standard input among the input files; its size is unknown and given as 0."""
 MAX_DOCUMENT_BYTES = 8 << 20
 """Tokenizers need about 120 bytes of memory for each byte of a document that they see at once."""
+MAX_MAX_DOCUMENT_BYTES = 1 << 30
 BLOCK_BYTES = 4 << 20
+HEAD_BYTES = 80
+"""Bytes of a bad record that are kept for its message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,3 +164,39 @@ class RecordOptions:
     """A line or document above this is a bad record: the bound of memory."""
     block_bytes: int = BLOCK_BYTES
     """About as many bytes of input make one `Documents`."""
+
+    def __post_init__(self) -> None:
+        names = self.columns or (self.key,)
+        if "" in names or len(set(names)) < len(names):
+            raise DataError(
+                "--key, --columns: names must be different and not empty", found=", ".join(map(repr, names))
+            )
+        paths = self.paths
+        if any(a != b and b[: len(a)] == a for a in paths for b in paths):
+            raise DataError("--columns: one column lies inside another", found=", ".join(names))
+        if self.columns and self.template:
+            raise DataError(
+                "--columns and a chat template exclude each other",
+                found=", ".join(self.columns),
+                do="leave one of them out",
+            )
+        if not 1 <= self.max_document_bytes <= MAX_MAX_DOCUMENT_BYTES:
+            raise DataError(
+                "--max-document-bytes: out of range",
+                found=self.max_document_bytes,
+                allowed=f"1..{MAX_MAX_DOCUMENT_BYTES}",
+            )
+        if self.min_bytes < 0 or (self.max_bytes is not None and self.max_bytes < self.min_bytes):
+            raise DataError(
+                "--min-bytes, --max-bytes: no document can pass",
+                found=f"{self.min_bytes}..{self.max_bytes}",
+                allowed="0 <= min <= max",
+            )
+
+    @property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """The names to go down for each text of a document; of chat data, for the conversation."""
+        names = (self.messages_key,) if self.template else self.columns or (self.key,)
+        return tuple(
+            tuple(part.replace("\\.", ".") for part in re.split(r"(?<!\\)\.", name)) for name in names
+        )
