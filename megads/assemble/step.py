@@ -1,12 +1,14 @@
 """One optimizer step: micro-batches through the pipeline, one global count, one update.
 
-    count tokens over all ranks -> run the schedule, seeded with 1 / count -> engine: reduce, clip, update -> loss
+    count tokens over all ranks -> run the schedule, seeded with weight / count -> engine: reduce, clip, update -> loss
 
-The loss is (sum over ranks) / (count over ranks), so it is the same number under every layout and micro-batch size.
+The loss is (sum over ranks) / (count over ranks), so it is the same number under every layout and micro-batch size. So
+is every other term that the gradient is of; what is reported as the loss is the language loss alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,12 +38,14 @@ class StepResult:
     Attributes:
         loss: mean over all tokens that count, float64 scalar, the same on every rank.
         num_tokens: tokens that count, over all ranks, float64 scalar.
+        extras: the other terms by name, without their weight: means over all tokens and sources, float64 scalars.
         report: of the optimizer.
         num_stops: ranks that were asked to stop before this step's end, float64 scalar, the same on every rank.
     """
 
     loss: Tensor
     num_tokens: Tensor
+    extras: Mapping[str, Tensor]
     report: StepReport
     num_stops: Tensor
 
@@ -58,15 +62,27 @@ def train_step(
     """Run one optimizer step on this rank's rows of the global batch.
 
     Args:
-        batch: this data-parallel rank's rows, on the device.
+        batch: this data-parallel rank's rows, whole, on the device.
         lr: learning rate of this step.
         stop: whether this rank was asked to stop, looked at when the step ends; None: it never is.
     """
+    context = mesh.group("cp")
+    batch = batch.context_part(context.rank, context.size)
     num_tokens = count_tokens(batch, mesh).clamp_min(1.0)  # a batch may be masked altogether
+    num_positions = batch.tokens.numel() * mesh.group("dp_cp").size
     engine.zero_gradients()
-    totals = executor.run(batch, seeds={"loss": engine.loss_scale / num_tokens}, engine=engine)
+    seeds = {
+        term.name: engine.loss_scale * term.weight / (num_tokens if term.unit == "label" else num_positions)
+        for term in executor.terms
+    }
+    totals = executor.run(batch, seeds=seeds, engine=engine)
     report = engine.step(lr=lr)
     is_asked = stop is not None and stop.is_raised
     asked = torch.full((), float(is_asked), dtype=torch.float64, device=mesh.device)
-    sums = all_reduce_(torch.stack((local_sum(totals, "loss", mesh=mesh), asked)), mesh.group("world"))
-    return StepResult(sums[0] / num_tokens, num_tokens, report, sums[1])
+    parts = [local_sum(totals, term.name, mesh=mesh, is_cut=term.is_cut) for term in executor.terms]
+    loss, *others, num_stops = all_reduce_(torch.stack((*parts, asked)), mesh.group("world")).unbind()
+    extras = {
+        term.name: total / (num_positions * term.num_sources)
+        for term, total in zip(executor.terms[1:], others, strict=True)
+    }
+    return StepResult(loss / num_tokens, num_tokens, extras, report, num_stops)

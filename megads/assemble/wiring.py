@@ -12,6 +12,7 @@ import torch
 
 from megads.assemble.schedule import placement, schedule_of
 from megads.config.root import Config
+from megads.layers.recompute import Memory
 from megads.model.catalog import describe
 from megads.model.decoder import DecoderSpec, make_blocks
 from megads.optim.deepspeed_zero import DeepSpeedEngine
@@ -21,6 +22,7 @@ from megads.optim.zero import NativeEngine
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import Mesh
 from megads.parallel.parameter import Scope, ShardedParameter, fill, parameter_table
+from megads.parallel.tally import TallyTable, tallied_in
 from megads.parallel.weight_queue import WeightQueue
 from megads.pipeline.action import Overlap, Schedule
 from megads.pipeline.executor import Executor, forwards
@@ -104,8 +106,13 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
     )
     ranges = partition(spec.block_costs, mesh.layout.num_stages)
     mine = {stage: range(*ranges[stage]) for stage in mesh.layout.stages_of(mesh.group("pp").rank)}
-    recompute = config.parallel.recompute
-    blocks = make_blocks(scope, spec, stages=mine, recompute=recompute)
+    memory = Memory(
+        config.parallel.recompute,
+        num_layers=config.parallel.recompute_layers,
+        offload=config.parallel.offload,
+        loss_chunk=config.parallel.loss_chunk,
+    )
+    blocks = make_blocks(scope, spec, stages=mine, memory=memory)
     model = Model(spec, blocks, config.parallel.sequence, scope.queue)
     for parameter in model.parameters:
         fill(parameter, seed=config.run.seed)
@@ -114,8 +121,16 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
 
 def build_engine(config: Config, model: Model, *, mesh: Mesh) -> Engine:
     """The optimizer engine over this rank's parameters."""
-    kind = DeepSpeedEngine if config.optim.engine == "deepspeed" else NativeEngine
-    return kind(model.stages, mesh, config=config.optim)
+    if config.optim.engine == "deepspeed":
+        return DeepSpeedEngine(model.stages, mesh, config=config.optim)
+    moe = model.spec.moe
+    tallies = TallyTable(
+        tallied_in(model.stages.values()),
+        mesh,
+        rows=len(model.spec.expert_layers),
+        columns=0 if moe is None else moe.num_columns,
+    )
+    return NativeEngine(model.stages, mesh, config=config.optim, tallies=tallies)
 
 
 def rows_of(config: Config, mesh: Mesh) -> int:
@@ -151,7 +166,14 @@ def build_executors(config: Config, model: Model, *, mesh: Mesh) -> Executors:
 
     def executor(chosen: Schedule) -> Executor:
         lowered = chosen if chosen.is_lowered else lower(chosen)
-        return Executor(lowered, pipeline.rank, stages=stages, transport=transport, payload=payload)
+        return Executor(
+            lowered,
+            pipeline.rank,
+            stages=stages,
+            transport=transport,
+            payload=payload,
+            terms=model.spec.terms,
+        )
 
     return Executors(executor(schedule), executor(forwards(schedule)))
 

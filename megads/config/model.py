@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megads.config.section import section
 
@@ -37,6 +37,41 @@ class ModelConfig:
     """Constant under the square root of the norms; null: 1e-5 (gpt), 1e-6 (llama)."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies (rotary families)."""
+    experts: PositiveInt | None = None
+    """Number of experts of a layer (SwiGLU families); null: every layer is dense."""
+    experts_per_token: PositiveInt = 2
+    """Experts that each token goes to."""
+    expert_ffn: PositiveInt | None = None
+    """Width of one expert; null: `model.ffn`."""
+    shared_experts: NonNegativeInt = 0
+    """Experts that every token passes beside those it is routed to: one MLP of this many times `model.expert_ffn`."""
+    dense_layers: NonNegativeInt = 0
+    """First layers that have a dense feed-forward layer in place of experts."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """How a router's logits become scores."""
+    renormalise: bool = False
+    """Whether the gates of a token are divided by their sum."""
+    routed_scaling: PositiveFloat = 1.0
+    """What gates are multiplied by."""
+    expert_groups: PositiveInt = 1
+    """Groups of neighbouring experts, of which a token may choose from `model.groups_per_token`."""
+    groups_per_token: PositiveInt = 1
+    """Groups that a token may choose experts from, the best by `model.group_score`."""
+    group_score: Literal["max", "top2"] | None = None
+    """What a group is worth: its best score, or the sum of its best two; null: max (softmax), top2 (sigmoid)."""
+    balance: Literal["none", "sequence", "global", "bias"] = "none"
+    """How experts are kept busy alike: a loss on the load in each sequence, a loss on the load of the whole batch of
+    the step before, or a bias on the scores that each step moves."""
+    balance_weight: NonNegativeFloat | None = None
+    """Weight of the balance loss of each layer; with `bias` that of a sequence loss beside it. null: 0.001, with `bias`
+    0."""
+    bias_rate: PositiveFloat = 0.001
+    """By how much a step moves an expert's bias, with `model.balance=bias`."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of each layer's mean squared log-sum-exp of the router's logits, which keeps them small."""
+    capacity: PositiveFloat | None = None
+    """Tokens of one sequence that an expert takes, in units of the mean; the rest, those of the smallest gates, it
+    drops. null: it takes all."""
     dropout: Probability = 0.0
     """Dropout probability after the embedding and at each residual branch."""
     attention_dropout: Probability = 0.0

@@ -9,7 +9,9 @@ from typing import Any
 
 from megads.checkpoint.hf import Family, Row, require
 from megads.config.model import ModelConfig
+from megads.errors import CheckpointError
 from megads.model.decoder import DecoderSpec
+from megads.model.expert import describe_experts
 
 FFN_MULTIPLE = 256
 
@@ -35,10 +37,18 @@ def describe(config: ModelConfig, *, vocab: int, sequence_length: int) -> Decode
         dropout=config.dropout,
         attention_dropout=config.attention_dropout,
         init_std=config.init_std,
+        moe=describe_experts(config, ffn=config.ffn or ffn),
     )
 
 
 def _to_hugging_face(spec: DecoderSpec) -> dict[str, Any]:
+    if spec.moe is not None:
+        raise CheckpointError(
+            "Llama in transformers has no experts",
+            found=f"model.experts {spec.moe.experts}",
+            allowed="dense models",
+            do="keep the checkpoint as it is: megads trains, evaluates and generates from it",
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": spec.vocab,

@@ -120,7 +120,7 @@ class DeepSpeedEngine:
         self._optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self._engine.step()
         self._scale.update(finite)
-        return StepReport(norm, finite, self._scale.value)
+        return StepReport(norm, finite, self._scale.value, torch.zeros(0, 0))
 
     def _deliver(self) -> None:
         """Give DeepSpeed the gradients and have them summed over the data-parallel ranks."""

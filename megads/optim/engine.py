@@ -19,11 +19,14 @@ class StepReport:
         grad_norm: global gradient norm before clipping, float64 scalar.
         finite: bool scalar; False: a gradient was not finite and the step changed nothing.
         loss_scale: of the next step, scalar.
+        tallies: what layers counted in the step over all ranks (`parallel/tally.py`), [rows, columns] float64; no rows
+            where nothing is counted.
     """
 
     grad_norm: Tensor
     finite: Tensor
     loss_scale: Tensor
+    tallies: Tensor
 
 
 class Engine(Protocol):

@@ -26,6 +26,7 @@ from megads.parallel.collectives import Pending, start_all_gather
 from megads.parallel.gradient import Bucket, Reducer, make_buckets
 from megads.parallel.mesh import Mesh
 from megads.parallel.parameter import Piece, parameter_table, pieces
+from megads.parallel.tally import TallyTable
 
 MOMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType({"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()})
 
@@ -36,10 +37,19 @@ class NativeEngine:
     Args:
         stages: stage number -> its blocks, with initial weights in float32 (float64 for fp64).
         config: `optim` section.
+        tallies: the modules whose state moves by what they count; None: there are none.
     """
 
-    def __init__(self, stages: Mapping[int, torch.nn.ModuleList], mesh: Mesh, *, config: OptimConfig) -> None:
+    def __init__(
+        self,
+        stages: Mapping[int, torch.nn.ModuleList],
+        mesh: Mesh,
+        *,
+        config: OptimConfig,
+        tallies: TallyTable | None = None,
+    ) -> None:
         self._mesh = mesh
+        self._tallies = tallies or TallyTable((), mesh, rows=0, columns=0)
         self._config = config
         self._sharded = config.zero_stage == 1
         dtype = COMPUTE_DTYPES[config.precision]
@@ -79,6 +89,7 @@ class NativeEngine:
         """Start a step."""
         for bucket in self._all:
             bucket.gradients.zero_()
+        self._tallies.start()
 
     def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
         """What comes next completes the gradients of a stage: buckets are reduced as they become complete."""
@@ -120,7 +131,7 @@ class NativeEngine:
         self._optimizer.step()
         self._scale.update(finite)
         self._publish()
-        return StepReport(norm, finite, self._scale.value)
+        return StepReport(norm, finite, self._scale.value, self._tallies.finish(is_valid=finite))
 
     def _publish(self) -> None:
         """Bring every rank's weights up to the masters. Gathering goes on in the background."""
@@ -158,7 +169,9 @@ class NativeEngine:
         yield from self._moments(master)
 
     def state(self) -> tuple[Piece, ...]:
-        """This rank's share of masters and moments. Every data-parallel rank saves a slice, whatever the stage."""
+        """This rank's share of masters, moments, and what layers keep. Of masters and moments every data-parallel rank
+        saves a slice, whatever the stage.
+        """
         found: list[Piece] = []
         for bucket, master in zip(self._all, self._masters, strict=True):
             if bucket.traits.is_primary:
@@ -166,7 +179,7 @@ class NativeEngine:
                 for kind, flat in self._states(master):
                     held = flat if self._sharded else bucket.shard(flat)
                     found += bucket_pieces(bucket, held, kind=kind, first=first)
-        return tuple(found)
+        return (*found, *self._tallies.primary_pieces())
 
     def targets(self) -> tuple[Piece, ...]:
         """Everything this rank updates; `load_scalars` makes weights of it."""
@@ -176,7 +189,7 @@ class NativeEngine:
             first = bucket.group.rank * share if self._sharded else 0
             for kind, flat in self._states(master):
                 found += bucket_pieces(bucket, flat, kind=kind, first=first)
-        return tuple(found)
+        return (*found, *self._tallies.pieces())
 
     def scalars(self) -> Mapping[str, Any]:
         """Adam's step count (steps that were skipped do not count) and the loss scale."""

@@ -24,7 +24,7 @@ from megads.data.sequence import Batch
 from megads.parallel.collectives import all_reduce_
 from megads.parallel.mesh import Mesh
 from megads.pipeline.action import Action, Kind, Overlap, Schedule
-from megads.pipeline.stage import BlockOutput, Payload, Stage, Steps, finish
+from megads.pipeline.stage import BlockOutput, Payload, Stage, Steps, Term, finish
 from megads.pipeline.transport import Arrival, TensorSpec, Transport
 
 
@@ -41,10 +41,14 @@ def global_sum(totals: Mapping[str, Total], name: str, *, mesh: Mesh) -> Tensor:
     return all_reduce_(local_sum(totals, name, mesh=mesh), mesh.group("world"))
 
 
-def local_sum(totals: Mapping[str, Total], name: str, *, mesh: Mesh) -> Tensor:
-    """This rank's part of the sum of one extra over the world: float64 scalar."""
+def local_sum(totals: Mapping[str, Total], name: str, *, mesh: Mesh, is_cut: bool = False) -> Tensor:
+    """This rank's part of the sum of one extra over the world: float64 scalar.
+
+    Args:
+        is_cut: whether each tensor-parallel rank has a part of it; else all have the same.
+    """
     value = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if name in totals and mesh.group("tp").rank == 0:  # tensor-parallel ranks hold the same sum
+    if name in totals and (is_cut or mesh.group("tp").rank == 0):
         value += totals[name].sum
     return value
 
@@ -85,6 +89,7 @@ class Executor:
         stages: the stages this rank holds, by number.
         transport: to the pipeline's other ranks.
         payload: what crosses a stage boundary for a micro-batch of a given number of rows and sequence length.
+        terms: of the loss, over all stages of the model.
     """
 
     def __init__(
@@ -95,7 +100,9 @@ class Executor:
         stages: Mapping[int, Stage],
         transport: Transport,
         payload: Callable[[int, int], tuple[TensorSpec, ...]],
+        terms: tuple[Term, ...],
     ) -> None:
+        self.terms = terms
         self._schedule = schedule
         self._row = schedule.rows[rank]
         self._stages = stages

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,24 @@ class Extra:
     name: str
     sum: Tensor
     count: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """How the extras of one name enter the loss: weight x their sum over everything / the global number of `unit`.
+
+    Attributes:
+        weight: of each source's mean.
+        unit: tokens whose label counts, or all tokens.
+        num_sources: blocks of the model that have such an extra.
+        is_cut: whether each tensor-parallel rank has a part of the sum; else all have the same.
+    """
+
+    name: str
+    weight: float
+    unit: Literal["label", "position"]
+    num_sources: int
+    is_cut: bool
 
 
 @dataclass(frozen=True, slots=True)
