@@ -3,6 +3,7 @@
     torchrun, megads launch, deepspeed   the launcher's store, by torch's own MASTER_ADDR and MASTER_PORT
     SLURM                                rank 0's store at the first host of the job, a port by the job's number
     MPI                                  rank 0's store at a free port, told to the others by MPI_Bcast
+    forked processes of one host         a file (`connect_local`; `verify/ranks.py` forks them)
 
 The launcher's variables are read in `place.py`. A world of one needs no torch.distributed at all.
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from megads.errors import ConfigError, RankError
 from megads.parallel.control import Control
@@ -68,6 +70,21 @@ def connect(place: Place, *, timeout: float, device: torch.device) -> Control:
             do="check that rank 0 runs, and that the port is free there and open to the other hosts",
         ) from error
     return Control(place.rank, place.world_size, dist.new_group(backend="gloo", timeout=limit))
+
+
+def connect_local(rank: int, size: int, *, directory: Path, timeout: float) -> Control:
+    """Join the other processes of this host on the CPU, through a file: no launcher, no port that may be taken.
+
+    Args:
+        directory: new and the same for all; the file is made in it.
+        timeout: seconds after which a collective that somebody did not join fails.
+    """
+    if size == 1:
+        return Control(0, 1)
+    limit = timedelta(seconds=timeout)
+    store = FileStore(str(directory / "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+    return Control(rank, size, dist.group.WORLD)
 
 
 def disconnect() -> None:
