@@ -79,6 +79,7 @@ MAX_RETURNED = 2
 # "path:function" -> why its order of more than two positional arguments needs no names
 POSITIONAL = {
     "megads/ops/attention.py:attention": "the formula's q, k, v",
+    "megads/layers/context.py:context_attention": "the formula's q, k, v",
     "megads/ops/norm.py:layer_norm": "the formula's x, weight, bias",
 }
 

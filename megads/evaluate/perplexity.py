@@ -67,9 +67,10 @@ def evaluate(
     """
     loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
     count = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    context = mesh.group("cp")
     model.eval()
     for batch in islice(batches, max_batches):
-        batch = batch.to(mesh.device)
+        batch = batch.to(mesh.device).context_part(context.rank, context.size)
         loss += global_sum(executor.run(batch), "loss", mesh=mesh)
         count += count_tokens(batch, mesh)
     model.train()

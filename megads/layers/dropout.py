@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megads.data.sequence import Batch
-from megads.ops import attention
+from megads.layers.context import attended_heads
+from megads.ops.attention_call import Columns, Dropout
 from megads.parallel.parameter import Scope
 from megads.parallel.rng import keep_mask
 
@@ -35,14 +36,14 @@ class HiddenDropout(torch.nn.Module):
             step=batch.step,
             probability=self._probability,
             units=batch.samples[None, :],
-            rows=self._part * x.shape[0] + torch.arange(x.shape[0], device=x.device)[:, None],
+            rows=batch.places[self._part * x.shape[0] :][: x.shape[0], None],
             columns=(0, x.shape[2]),
         )
         return x * keep / (1.0 - self._probability)
 
 
 class AttentionDropout(torch.nn.Module):
-    """Dropout of attention weights [batch, local heads, seq, seq].
+    """Dropout of attention weights [batch, heads, queries, keys] of the heads that this rank attends with.
 
     Args:
         num_heads: global number of query heads.
@@ -53,27 +54,29 @@ class AttentionDropout(torch.nn.Module):
         self._stream = f"{scope.seed}/dropout/{scope.name}"
         self._probability = probability
         self._num_heads = num_heads
-        group = scope.mesh.group("tp")
-        num_local_heads = num_heads // group.size
-        self._heads = range(group.rank * num_local_heads, (group.rank + 1) * num_local_heads)
+        self._heads = attended_heads(scope, num_heads)
 
-    def plan(self, batch: Batch) -> attention.Dropout | None:
+    def plan(self, batch: Batch) -> Dropout | None:
         """What the attention op needs to drop weights of this batch; None where nothing is dropped."""
         if not self.training or self._probability == 0.0:
             return None
         device = batch.tokens.device
         heads = torch.tensor(self._heads, device=device)
-        units = (batch.samples[:, None] * self._num_heads + heads)[..., None]  # [batch, local heads, 1]
-        seq = batch.tokens.shape[1]
+        units = (batch.samples[:, None] * self._num_heads + heads)[..., None]  # [batch, heads, 1]
 
-        def keep() -> Tensor:
-            return keep_mask(
-                name=self._stream,
-                step=batch.step,
-                probability=self._probability,
-                units=units,
-                rows=torch.arange(seq, device=device),
-                columns=(0, seq),
-            )
+        def keep(queries: Columns, keys: Columns) -> Tensor:
+            rows = torch.cat([torch.arange(part.start, part.stop, device=device) for part in queries])
+            masks = [
+                keep_mask(
+                    name=self._stream,
+                    step=batch.step,
+                    probability=self._probability,
+                    units=units,
+                    rows=rows,
+                    columns=(part.start, part.stop),
+                )
+                for part in keys
+            ]
+            return torch.cat(masks, dim=-1)
 
-        return attention.Dropout(self._probability, keep)
+        return Dropout(self._probability, keep)

@@ -1,13 +1,15 @@
 """Attention on NVIDIA GPUs: torch's kernels, called as aten ops so that the choice is ours and is told.
 
     cudnn         dense, bf16 and fp16, Hopper and later: about twice flash; its backward is not deterministic
-    flash_varlen  packed documents, bf16 and fp16
-    flash         dense, bf16 and fp16: where cudnn is not, or torch.use_deterministic_algorithms is on
-    efficient     dense, fp32 (without TF32), head sizes that flash refuses; documents one by one
+    flash_varlen  packed documents on the diagonal, bf16 and fp16
+    flash         bf16 and fp16: where cudnn is not, or torch.use_deterministic_algorithms is on; documents one by one
+    efficient     fp32 (without TF32), head sizes that flash refuses; documents one by one
 
 Each is a pair forward(q, k, v, call) -> (out, lse) and backward(q, k, v, call, out, lse, dout) -> (dq, dk, dv), all
-[batch, heads, seq, dim] of any strides with the last dim contiguous, lse [batch, heads, seq] fp32. Fewer key/value
-heads than query heads need no copy, but in `efficient`. cudnn also takes q, k of 192 with v of 128.
+[batch, heads, seq, dim] of any strides with the last dim contiguous, lse [batch, heads, seq] fp32. out and lse of the
+backward may be those of more keys than the call has (ring attention). Fewer key/value heads than query heads need no
+copy, but in `efficient`. cudnn also takes q, k of 192 with v of 128. cudnn plans each new shape for 0.1 s, so it never
+gets the odd ones of documents.
 """
 
 from __future__ import annotations
@@ -16,68 +18,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megads.ops.attention_call import Call, Documents, collapse, expand
+from megads.ops.attention_call import Call, collapse, expand
+from megads.ops.attention_dense import Gradients, Kernel, dense_implementation
 from megads.ops.registry import Implementation
 
 HALF = (torch.bfloat16, torch.float16)
 MIN_CUDNN = 91500  # before 9.15 torch itself prefers flash
 LSE_MULTIPLE = 32  # efficient's backward wants the lse padded to it
 
-Gradients = tuple[Tensor, Tensor, Tensor]
-
 
 def _cudnn_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
     """Whether cuDNN runs this call and is allowed to."""
     dims = (q.shape[-1], v.shape[-1])
     return (
-        _is_dense(q, call, dtypes=HALF)
+        _is_on_gpu(q, call, dtypes=HALF)
+        and call.is_dense
         and (dims == (192, 128) or (max(dims) <= 128 and not any(dim % 8 for dim in dims)))
-        and q.shape[2] > 1
+        and min(q.shape[2], k.shape[2]) > 1
         and torch.cuda.get_device_capability(q.device)[0] >= 9
         and (torch.backends.cudnn.version() or 0) >= MIN_CUDNN  # type: ignore[no-untyped-call]
         and not torch.are_deterministic_algorithms_enabled()
     )
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Dense causal attention by cuDNN."""
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, True, False, scale=call.scale
+        q, k, v, None, True, 0.0, is_causal, False, scale=scale
     )[:2]
     return out, lse.view(q.shape[:3])
 
 
 def _cudnn_backward(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor, lse: Tensor, dout: Tensor
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, is_causal: bool, scale: float
 ) -> Gradients:
-    """Its gradients."""
     zero = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of no dropout
-    seq, keys = q.shape[2], k.shape[2]
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *(_like(dout, out), q, k, v, out, lse.contiguous().unsqueeze(-1), zero, zero, None, None, None),
-        *(seq, keys, 0.0, True),
-        scale=call.scale,
+        *(q.shape[2], k.shape[2], 0.0, is_causal),
+        scale=scale,
     )
     return dq, dk, dv
 
 
 def _flash_varlen_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
     """Whether this is a call with packed documents that flash runs."""
-    return (
-        q.is_cuda
-        and q.dtype in HALF
-        and call.dropout is None
-        and not call.is_plain_causal
-        and _fits_flash(q, v)
-    )
+    return _is_on_gpu(q, call, dtypes=HALF) and call.is_causal and not call.is_dense and _fits_flash(q, v)
 
 
 def _flash_varlen_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Causal attention inside each document by flash attention over sequences of unequal length."""
-    documents = _packed(call)
-    bounds, longest = documents.device_bounds, documents.longest
+    bounds = _device_bounds(call, q.device)
     out, lse = torch.ops.aten._flash_attention_forward(
-        *(_tokens(q), _tokens(k), _tokens(v), bounds, bounds, longest, longest, 0.0, True, False),
+        *(_tokens(q), _tokens(k), _tokens(v), bounds, bounds, call.longest, call.longest, 0.0, True, False),
         scale=call.scale,
     )[:2]
     batch, heads, seq, _ = q.shape
@@ -88,11 +80,10 @@ def _flash_varlen_backward(
     q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor, lse: Tensor, dout: Tensor
 ) -> Gradients:
     """Its gradients."""
-    documents = _packed(call)
-    bounds, longest = documents.device_bounds, documents.longest
+    bounds = _device_bounds(call, q.device)
     gradients = torch.ops.aten._flash_attention_backward(
         *(_tokens(dout), _tokens(q), _tokens(k), _tokens(v), _tokens(out)),
-        *(lse.transpose(0, 1).flatten(1).contiguous(), bounds, bounds, longest, longest, 0.0, True),
+        *(lse.transpose(0, 1).flatten(1).contiguous(), bounds, bounds, call.longest, call.longest, 0.0, True),
         *_no_random(q),
         scale=call.scale,
     )
@@ -102,25 +93,24 @@ def _flash_varlen_backward(
 
 def _flash_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
     """Whether flash attention runs this call."""
-    return _is_dense(q, call, dtypes=HALF) and _fits_flash(q, v)
+    return _is_on_gpu(q, call, dtypes=HALF) and _fits_flash(q, v)
 
 
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Dense causal attention by flash attention."""
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-        q, k, v, 0.0, True, False, scale=call.scale
+        q, k, v, 0.0, is_causal, False, scale=scale
     )[:2]
     return out, lse
 
 
 def _flash_backward(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor, lse: Tensor, dout: Tensor
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, is_causal: bool, scale: float
 ) -> Gradients:
-    """Its gradients."""
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *(_like(dout, out), q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, True),
+        *(_like(dout, out), q, k, v, out, lse.contiguous(), None, None),
+        *(q.shape[2], k.shape[2], 0.0, is_causal),
         *_no_random(q),
-        scale=call.scale,
+        scale=scale,
     )
     return dq, dk, dv
 
@@ -129,72 +119,44 @@ def _efficient_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
     """Whether memory-efficient attention runs this call."""
     multiple = 4 if q.dtype == torch.float32 else 8
     fits = q.shape[-1] % multiple == 0 and v.shape[-1] % multiple == 0
-    return q.is_cuda and q.dtype in (torch.float32, *HALF) and call.dropout is None and fits
+    return _is_on_gpu(q, call, dtypes=(torch.float32, *HALF)) and fits
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Causal attention by the memory-efficient kernel."""
-    batch, heads, seq, _ = q.shape
-    keys, values = expand(k, heads), expand(v, heads)
-    if call.is_plain_causal:
-        return _efficient_block_forward(q, keys, values, call.scale)
-    out = q.new_empty(batch, seq, heads, v.shape[-1]).transpose(1, 2)
-    lse = q.new_empty(batch, heads, seq, dtype=torch.float32)
-    for block in call.blocks(batch, seq):
-        out[block], lse[block] = _efficient_block_forward(q[block], keys[block], values[block], call.scale)
-    return out, lse
-
-
-def _efficient_backward(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, out: Tensor, lse: Tensor, dout: Tensor
-) -> Gradients:
-    """Its gradients."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    keys, values = expand(k, heads), expand(v, heads)
-    if call.is_plain_causal:
-        dq, dk, dv = _efficient_block_backward(q, keys, values, call.scale, out, lse, dout)
-    else:
-        dq, dk, dv = (torch.empty_like(x) for x in (q, keys, values))
-        for block in call.blocks(q.shape[0], q.shape[2]):
-            dq[block], dk[block], dv[block] = _efficient_block_backward(
-                q[block], keys[block], values[block], call.scale, out[block], lse[block], dout[block]
-            )
-    return dq, collapse(dk, kv_heads), collapse(dv, kv_heads)
-
-
-def _efficient_block_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _efficient_forward(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    heads = q.shape[1]
     out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, True, scale=scale
+        q, expand(k, heads), expand(v, heads), None, True, 0.0, is_causal, scale=scale
     )[:2]
     return out, lse.narrow(-1, 0, q.shape[2])  # padded to LSE_MULTIPLE
 
 
-def _efficient_block_backward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor, dout: Tensor
+def _efficient_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, is_causal: bool, scale: float
 ) -> Gradients:
     """`out` and `dout` must lie in memory as [batch, seq, heads, dim], or dq and dk are wrong in silence."""
+    heads, kv_heads = q.shape[1], k.shape[1]
     zero = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of no dropout
     padded = F.pad(lse, (0, -q.shape[2] % LSE_MULTIPLE), value=float("inf"))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        *(_seq_first(dout), q, k, v, None, _seq_first(out), padded.contiguous()),
-        *(zero, zero, 0.0, [True, True, True, False], True),
+        *(_seq_first(dout), q, expand(k, heads), expand(v, heads), None, _seq_first(out)),
+        *(padded.contiguous(), zero, zero, 0.0, [True, True, True, False], is_causal),
         scale=scale,
     )[:3]
-    return dq, dk, dv
+    return dq, collapse(dk, kv_heads), collapse(dv, kv_heads)
 
 
-def _is_dense(q: Tensor, call: Call, *, dtypes: tuple[torch.dtype, ...]) -> bool:
-    return q.is_cuda and q.dtype in dtypes and call.dropout is None and call.is_plain_causal
+def _is_on_gpu(q: Tensor, call: Call, *, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return q.is_cuda and q.dtype in dtypes and call.dropout is None
 
 
 def _fits_flash(q: Tensor, v: Tensor) -> bool:
     return q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
-def _packed(call: Call) -> Documents:
-    if call.documents is None:
-        raise ValueError("flash_varlen needs documents")
-    return call.documents
+def _device_bounds(call: Call, device: torch.device) -> Tensor:
+    return torch.tensor(call.bounds, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def _no_random(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,8 +188,10 @@ def _rows(x: Tensor, batch: int) -> Tensor:
 
 
 IMPLEMENTATIONS = (
-    Implementation("cudnn", _cudnn_forward, _cudnn_accepts, _cudnn_backward),
+    dense_implementation("cudnn", Kernel(_cudnn_forward, _cudnn_backward), accepts=_cudnn_accepts),
     Implementation("flash_varlen", _flash_varlen_forward, _flash_varlen_accepts, _flash_varlen_backward),
-    Implementation("flash", _flash_forward, _flash_accepts, _flash_backward),
-    Implementation("efficient", _efficient_forward, _efficient_accepts, _efficient_backward),
+    dense_implementation("flash", Kernel(_flash_forward, _flash_backward), accepts=_flash_accepts),
+    dense_implementation(
+        "efficient", Kernel(_efficient_forward, _efficient_backward), accepts=_efficient_accepts
+    ),
 )

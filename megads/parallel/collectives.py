@@ -37,11 +37,23 @@ def _check(tensor: Tensor) -> None:
         )
 
 
+class _Works:
+    """Several transfers that are waited for as one, and the tensor that they read."""
+
+    def __init__(self, tensor: Tensor, *works: dist.Work) -> None:
+        self._tensor = tensor
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
 class Pending:
     """A collective under way."""
 
     def __init__(
-        self, result: Tensor, *, work: dist.Work | None = None, narrow: Tensor | None = None
+        self, result: Tensor, *, work: dist.Work | _Works | None = None, narrow: Tensor | None = None
     ) -> None:
         self._result = result
         self._work = work
@@ -156,6 +168,21 @@ def start_exchange(
     splits = [None if part is None else list(part) for part in (receive, send)]
     work = dist.all_to_all_single(arriving, rows, *splits, group=group.handle, async_op=True)
     return Pending(arriving, work=work)
+
+
+def start_shift(tensor: Tensor, group: Group) -> Pending:
+    """Begin to send a tensor to the next rank of the group, the last to the first, and to receive one like it.
+
+    The result is the tensor of the rank before. The one that is sent must stay as it is until `wait`.
+    """
+    if group.size == 1:
+        return Pending(tensor)
+    _check(tensor)
+    arriving = torch.empty_like(tensor)
+    after, before = (group.ranks[(group.rank + step) % group.size] for step in (1, -1))
+    send = dist.P2POp(dist.isend, tensor, after, group=group.handle)
+    receive = dist.P2POp(dist.irecv, arriving, before, group=group.handle)
+    return Pending(arriving, work=_Works(tensor, *dist.batch_isend_irecv([send, receive])))
 
 
 def broadcast_(tensor: Tensor, group: Group, *, source: int) -> Tensor:

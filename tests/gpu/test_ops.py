@@ -10,7 +10,7 @@ import torch
 
 from megads.ops import extension
 from megads.ops.attention import ATTENTION, attention
-from megads.ops.attention_call import Call, Documents
+from megads.ops.attention_call import Call, whole
 from megads.ops.norm import RMS_NORM, rms_norm
 from megads.ops.registry import force
 from tests.ops.cases import COMPARISONS, Shape, Subject, check
@@ -101,7 +101,7 @@ def test_csrc_refuses_what_it_cannot_do() -> None:
 def test_the_choice_of_attention() -> None:
     def pick(dtype: torch.dtype, ids: torch.Tensor | None = None, dim: int = 64) -> str:
         q = torch.zeros(2, 2, 16, dim, device="cuda", dtype=dtype)
-        return ATTENTION.pick(q, q, q, Call(0.1, None if ids is None else Documents(ids), None)).name
+        return ATTENTION.pick(q, q, q, Call(0.1, whole(16), whole(16), ids)).name
 
     packed = torch.arange(16, device="cuda").expand(2, 16) // 5
     is_hopper = torch.cuda.get_device_capability()[0] >= 9

@@ -7,7 +7,7 @@ import torch
 
 from megads.ops import attention_cuda
 from megads.ops.attention import ATTENTION, attention
-from megads.ops.attention_call import Call, Documents, Dropout
+from megads.ops.attention_call import Call, Dropout, whole
 from megads.ops.registry import force
 
 torch.manual_seed(3)
@@ -20,13 +20,16 @@ def draw(
     return [torch.randn(2, h, seq, 8, dtype=dtype, requires_grad=True) for h in (heads, kv_heads, kv_heads)]
 
 
-def test_documents_know_their_bounds() -> None:
-    documents = Documents(IDS)
-    assert documents.bounds == (0, 2, 5, 6, 12)
-    assert documents.longest == 6
-    assert documents.device_bounds.tolist() == [0, 2, 5, 6, 12]
-    assert not documents.is_one_a_row
-    assert Documents(IDS[1:].expand(3, 6)).is_one_a_row  # the same id in two rows: two documents
+def causal(ids: torch.Tensor | None = None, dropout: Dropout | None = None) -> Call:
+    return Call(0.3, whole(6), whole(6), ids, dropout)
+
+
+def test_documents_have_bounds() -> None:
+    call = causal(IDS)
+    assert call.bounds == (0, 2, 5, 6, 12)
+    assert call.longest == 6
+    assert not call.is_dense
+    assert causal(IDS[1:].expand(3, 6)).is_dense  # the same id in two rows: two documents
 
 
 @pytest.mark.parametrize("name", ["flash_cpu", "plain"])
@@ -52,8 +55,8 @@ def test_the_future_is_not_seen() -> None:
 def test_dropout_selects_plain_and_uses_one_mask_both_ways() -> None:
     q, k, v = draw()
     keep = torch.rand(2, 4, 6, 6) < 0.7
-    dropout = Dropout(0.3, lambda: keep)
-    assert ATTENTION.pick(q, k, v, Call(0.3, None, dropout)).name == "plain"
+    dropout = Dropout(0.3, lambda queries, keys: keep)
+    assert ATTENTION.pick(q, k, v, causal(None, dropout)).name == "plain"
     result = attention(q, k, v, scale=0.3, documents=IDS, dropout=dropout)
     hidden = torch.ones(6, 6, dtype=torch.bool).triu(1) | (IDS[:, None, :, None] != IDS[:, None, None, :])
     scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(hidden, float("-inf"))
@@ -72,7 +75,7 @@ def test_dropout_selects_plain_and_uses_one_mask_both_ways() -> None:
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "flash_cpu"), (torch.float16, "plain")])
 def test_the_choice_on_a_cpu(dtype: torch.dtype, name: str) -> None:
     q, k, v = draw(dtype=dtype)
-    call = Call(0.3, None, None)
+    call = causal()
     assert ATTENTION.pick(q, k, v, call).name == name
     assert not any(i.accepts(q, k, v, call) for i in attention_cuda.IMPLEMENTATIONS)
 
@@ -96,7 +99,7 @@ def test_gpu_calls_fit_torch_and_give_the_promised_shapes(
         return torch.empty(6, 2, heads, 16, dtype=dtype, device="meta").permute(1, 2, 0, 3)
 
     q, k, v, dout = views(4), views(2), views(2), views(4)
-    call = Call(0.25, None if ids is None else Documents(ids), None)
+    call = causal(ids)
     found = next(i for i in attention_cuda.IMPLEMENTATIONS if i.name == name)
     assert found.backward is not None
     out, lse = found.run(q, k, v, call)
@@ -108,7 +111,7 @@ def test_gpu_calls_fit_torch_and_give_the_promised_shapes(
 def test_backward_is_that_of_the_forward_whatever_is_forced_meanwhile() -> None:
     """Autograd runs a GPU's backward on another thread, where nothing is forced."""
     leaves = [x.requires_grad_() for x in draw(dtype=torch.float64)]
-    dropout = Dropout(0.5, lambda: torch.ones(2, 4, 6, 6, dtype=torch.bool))
+    dropout = Dropout(0.5, lambda queries, keys: torch.ones(2, 4, 6, 6, dtype=torch.bool))
     with force("attention", "plain"):
         out = attention(*leaves, scale=0.3, dropout=dropout).out
     with force("attention", "flash_cpu"):  # would refuse dropout, and ignore it in the backward
