@@ -11,7 +11,7 @@ before or after the run, fewer micro-batches than stages, a vocabulary divisible
 
 from __future__ import annotations
 
-from megads.assemble import rules_data, rules_layout, rules_optim, rules_schedule
+from megads.assemble import rules_data, rules_experts, rules_layout, rules_optim, rules_schedule
 from megads.assemble.finding import Finding, Rule
 from megads.config.root import Config
 from megads.errors import ConfigError
@@ -19,6 +19,7 @@ from megads.errors import ConfigError
 RULES: tuple[Rule, ...] = (
     *rules_layout.RULES,
     *rules_schedule.RULES,
+    *rules_experts.RULES,
     *rules_data.RULES,
     *rules_optim.RULES,
 )

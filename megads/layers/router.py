@@ -185,10 +185,8 @@ class Choice(torch.nn.Module):
 
     def _group_scores(self, scores: Tensor) -> Tensor:
         """[t, experts] -> [t, groups]."""
-        grouped = scores.unflatten(-1, (self.spec.groups, -1))
-        if self.spec.group_score == "max":
-            return grouped.amax(-1)
-        return grouped.topk(2, dim=-1).values.sum(-1)
+        best = 1 if self.spec.group_score == "max" else 2
+        return scores.view(len(scores), self.spec.groups, -1).topk(best, dim=-1).values.sum(-1)
 
     def _eligible(self, scores: Tensor) -> Tensor:
         """Scores, -inf outside of a token's groups."""
