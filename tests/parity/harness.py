@@ -85,6 +85,8 @@ class Model:
     tied: bool | None = None
     dropout: float = 0.0
     layers: int = 3  # not divisible by the stages
+    seq: int = SEQ
+    documents: bool = False  # attention stays inside of them, positions restart
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,7 +107,7 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
             **model.overrides,
         ),
         batch=BatchConfig(global_size=GLOBAL_BATCH, micro=case.micro),
-        data=DataConfig(train="unused", tokenizer="unused", sequence_length=SEQ),
+        data=DataConfig(train="unused", tokenizer="unused", sequence_length=model.seq),
         optim=OptimConfig(
             lr=1e-3,
             betas=(BETA1, 0.95),
@@ -130,19 +132,23 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
     )
 
 
-def make_batch(step: int) -> Batch:
+def make_batch(step: int, *, seq: int = SEQ, documents: bool = False) -> Batch:
     """The global batch of a step: skewed tokens, masks whose sizes differ between samples by a factor of 20."""
     generator = torch.Generator().manual_seed(100 + step)
-    draw = torch.rand(GLOBAL_BATCH, SEQ + 1, generator=generator)
+    draw = torch.rand(GLOBAL_BATCH, seq + 1, generator=generator)
     tokens = (VOCAB * draw**3).long()
     shares = torch.linspace(0.05, 1.0, GLOBAL_BATCH)[:, None]
-    mask = torch.rand(GLOBAL_BATCH, SEQ, generator=generator) < shares
+    mask = torch.rand(GLOBAL_BATCH, seq, generator=generator) < shares
+    places = torch.arange(seq).expand(GLOBAL_BATCH, seq)
+    begins = (torch.rand(GLOBAL_BATCH, seq, generator=generator) < 0.15) & (places > 0)
+    if documents:
+        places = places - torch.where(begins, places, 0).cummax(dim=1).values
     return Batch(
         tokens=tokens[:, :-1].contiguous(),
         labels=tokens[:, 1:].contiguous(),
         mask=mask,
-        positions=torch.arange(SEQ).expand(GLOBAL_BATCH, SEQ),
-        document_ids=None,
+        positions=places,
+        document_ids=begins.cumsum(dim=1) if documents else None,
         samples=torch.arange(GLOBAL_BATCH),
         step=step,
     )
@@ -188,7 +194,7 @@ def run_case(
         dp_rank = mesh.group("dp").rank
         losses, norms, first = [], [], []
         for step in range(1, steps + 1):
-            batch = make_batch(step).rows(dp_rank * rows, (dp_rank + 1) * rows)
+            batch = make_batch(step, seq=model.seq, documents=model.documents).rows(dp_rank * rows, (dp_rank + 1) * rows)
             result = train_step(batch, executor=executor, engine=engine, mesh=mesh, lr=1e-3)
             losses.append(result.loss.item())
             norms.append(result.report.grad_norm.item())
