@@ -46,32 +46,39 @@ def line_blocks(
     `stream` stands at `max(0, start - 1)`. Memory stays below `limit + 2 * block_bytes`. A byte order mark at the
     start of the stream is left out.
     """
-    pending, offset = b"", start  # bytes from `offset` on that are read but given to nobody yet
+    offset = start  # of the first byte that is given to nobody yet
     if start > 0:
         rest = _skip_line(stream, block_bytes)
-        pending, offset = rest.content, start - 1 + rest.skipped
-    is_first = start == 0
+        ahead, offset = rest.content, start - 1 + rest.skipped
+    else:
+        ahead = stream.read(len(BYTE_ORDER_MARK))
+        if ahead == BYTE_ORDER_MARK:
+            ahead, offset = b"", len(BYTE_ORDER_MARK)
+    pending = b""  # a line that goes on in the next chunk
     while stop is None or offset < stop:
-        chunk = stream.read(block_bytes)
-        data = pending + chunk
-        if is_first and data.startswith(BYTE_ORDER_MARK):
-            data, offset = data.removeprefix(BYTE_ORDER_MARK), offset + len(BYTE_ORDER_MARK)
-        is_first = False
-        end = -1 if stop is None else data.find(b"\n", max(0, stop - 1 - offset))
-        is_last = end >= 0 or not chunk
-        if end < 0:
-            end = data.rfind(b"\n") if chunk else len(data) - 1
-        content, pending = data[: end + 1], data[end + 1 :]
-        if content:
+        chunk = ahead or stream.read(block_bytes)
+        ahead = b""
+        if not chunk:
+            if pending:
+                yield LineBlock(pending, offset)
+            return
+        end = -1 if stop is None else chunk.find(b"\n", max(0, stop - 1 - offset - len(pending)))
+        is_last = end >= 0
+        if not is_last:
+            end = chunk.rfind(b"\n")
+        if end >= 0:
+            content = b"".join((pending, memoryview(chunk)[: end + 1]))
             yield LineBlock(content, offset)
             offset += len(content)
+            pending = b""
         if is_last:
             return
+        pending += chunk[end + 1 :]
         if len(pending) > limit:
             rest = _skip_line(stream, block_bytes)
             size = len(pending) + rest.skipped
             yield LineBlock(pending[:HEAD_BYTES], offset, long_size=size - rest.has_line_feed)
-            pending, offset = rest.content, offset + size
+            ahead, pending, offset = rest.content, b"", offset + size
 
 
 @dataclass(frozen=True, slots=True)

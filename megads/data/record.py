@@ -101,7 +101,8 @@ class Documents:
     num_texts: NDArray[np.int64] | None
     """[num_documents] texts of each document; None: one each."""
     is_counted: NDArray[np.bool_] | None
-    """[num_texts] do its tokens count in the loss; None: all do."""
+    """[num_texts] do its tokens count in the loss; None: all do. An end-of-document token counts as the last text
+    of its document does."""
     is_template: NDArray[np.bool_] | None
     """[num_texts] was it written by the template, whose special tokens are parsed; None: no text was."""
     records: NDArray[np.int64]

@@ -28,6 +28,8 @@ from megads.errors import DataError
 
 MAX_TEXT_FILES = 1024
 """Text files in one unit at most."""
+MIN_UNIT_BYTES = 4
+"""A byte order mark and the start of the line after it are in one unit."""
 COUNT_BYTES = 1 << 22
 
 
@@ -49,8 +51,8 @@ def plan_units(inputs: Inputs, *, unit_bytes: int) -> tuple[Unit, ...]:
     Raises:
         DataError: a Parquet file is truncated or cannot be read.
     """
-    if unit_bytes < 1:
-        raise ValueError(f"unit_bytes {unit_bytes} must be positive")
+    if unit_bytes < MIN_UNIT_BYTES:
+        raise ValueError(f"unit_bytes {unit_bytes} must be {MIN_UNIT_BYTES} or more")
     units: list[Unit] = []
     for number, (path, size, kind) in enumerate(zip(inputs.files, inputs.sizes, inputs.kinds, strict=True)):
         if kind.format == "parquet":
