@@ -11,13 +11,21 @@ before or after the run, fewer micro-batches than stages, a vocabulary divisible
 
 from __future__ import annotations
 
-from megads.assemble import rules_data, rules_experts, rules_layout, rules_optim, rules_schedule
+from megads.assemble import (
+    rules_context,
+    rules_data,
+    rules_experts,
+    rules_layout,
+    rules_optim,
+    rules_schedule,
+)
 from megads.assemble.finding import Finding, Rule
 from megads.config.root import Config
 from megads.errors import ConfigError
 
 RULES: tuple[Rule, ...] = (
     *rules_layout.RULES,
+    *rules_context.RULES,
     *rules_schedule.RULES,
     *rules_experts.RULES,
     *rules_data.RULES,

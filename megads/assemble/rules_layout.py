@@ -5,19 +5,28 @@ One small pure function a rule; `rules.py` joins the tables.
 
 from __future__ import annotations
 
+from itertools import product
+from math import prod
+
 from megads.assemble.finding import Finding, Rule, divisors, multiples
 from megads.config.root import Config
 
 
 def ranks_fill_layout(config: Config, world_size: int) -> Finding | None:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    used = tensor * pipeline
+    parallel = config.parallel
+    used = parallel.tensor * parallel.context * parallel.pipeline
     if world_size % used == 0:
         return None
-    fitting = [f"tensor {t} x pipeline {p}" for t, p in _pairs_near(world_size, tensor, pipeline)]
+    wanted = {"tensor": parallel.tensor, "context": parallel.context, "pipeline": parallel.pipeline}
+    if parallel.context == 1:
+        del wanted["context"]
+    fitting = [
+        " x ".join(f"{name} {degree}" for name, degree in zip(wanted, degrees, strict=True))
+        for degrees in _degrees_near(world_size, tuple(wanted.values()))
+    ]
     return Finding(
-        "parallel.tensor x parallel.pipeline",
-        f"{tensor} x {pipeline} = {used} ranks for one replica of the model; {world_size} / {used} = "
+        " x ".join(f"parallel.{name}" for name in wanted),
+        f"{' x '.join(map(str, wanted.values()))} = {used} ranks for one replica of the model; {world_size} / {used} = "
         f"{world_size / used:.4g} data-parallel replicas",
         f"{multiples(world_size, used)} ranks; or on {world_size}: {', '.join(fitting)}",
         "change the number of processes or the degrees",
@@ -105,8 +114,8 @@ def stages_have_blocks(config: Config, world_size: int) -> Finding | None:
 
 def sequence_fills_tensor(config: Config, world_size: int) -> Finding | None:
     length, tensor = config.data.sequence_length, config.parallel.tensor
-    if not config.parallel.sequence or length % tensor == 0:
-        return None
+    if not config.parallel.sequence or config.parallel.context > 1 or length % tensor == 0:
+        return None  # with context parallelism: rules_context
     return Finding(
         "data.sequence_length",
         f"{length}; {length} / parallel.tensor {tensor} = {length / tensor:.6g} positions a rank",
@@ -116,7 +125,8 @@ def sequence_fills_tensor(config: Config, world_size: int) -> Finding | None:
 
 
 def batch_fills_ranks(config: Config, world_size: int) -> Finding | None:
-    replicas, rest = divmod(world_size, config.parallel.tensor * config.parallel.pipeline)
+    parallel = config.parallel
+    replicas, rest = divmod(world_size, parallel.tensor * parallel.context * parallel.pipeline)
     total, micro = config.batch.global_size, config.batch.micro
     if rest or total % (micro * replicas) == 0:
         return None
@@ -150,11 +160,11 @@ def tensor_stays_on_host(config: Config, host_ranks: range) -> Finding | None:
     )
 
 
-def _pairs_near(world_size: int, tensor: int, pipeline: int) -> list[tuple[int, int]]:
-    """Up to three (tensor, pipeline) that fill `world_size` ranks and differ least from the wanted pair."""
-    degrees = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    pairs = [(t, p) for t in degrees for p in degrees if world_size % (t * p) == 0]
-    return sorted(pairs, key=lambda pair: (abs(pair[0] - tensor) + abs(pair[1] - pipeline), pair))[:3]
+def _degrees_near(world_size: int, wanted: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Up to three tuples of degrees that fill `world_size` ranks and differ least from the wanted ones."""
+    fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    found = [d for d in product(fitting, repeat=len(wanted)) if world_size % prod(d) == 0]
+    return sorted(found, key=lambda d: (sum(abs(a - b) for a, b in zip(d, wanted, strict=True)), d))[:3]
 
 
 RULES: tuple[Rule, ...] = (

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from megads.assemble.deepspeed_keys import OWNED
 from megads.assemble.finding import Finding
 from megads.assemble.rules import RULES, check, findings
+from megads.assemble.rules_context import sequence_unit
 from megads.assemble.rules_layout import tensor_stays_on_host
 from megads.config.load import load
 from megads.config.root import Config
@@ -46,6 +48,8 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "schedule_file_fits_ranks": ([f"parallel.schedule={SCHEDULE_FILES}/right.txt", "batch.global=2"], 1, "parallel.schedule", ["2 stages on 2 ranks; parallel.pipeline is 1", "parallel.pipeline=2"], ["parallel.schedule=gpipe"]),
     "schedule_file_fits_batch": ([f"parallel.schedule={SCHEDULE_FILES}/right.txt", "parallel.pipeline=2"], 2, "batch.global", ["12 is 12 micro-batches a replica", "schedule of 2"], ["batch.global=2"]),
     "sequence_fills_tensor": (["parallel.sequence=true", "parallel.tensor=3"], 3, "data.sequence_length", ["8 / parallel.tensor 3 = 2.66667", "6 or 9"], ["data.sequence_length=9"]),
+    "sequence_fills_context": (["parallel.context=3", "parallel.sequence=true", "parallel.tensor=2"], 6, "data.sequence_length", ["8; 8 / (2 x parallel.context 3) = 1.33333", "6 or 12"], ["data.sequence_length=12"]),
+    "heads_fill_context": (["parallel.context=4", "parallel.context_kind=ulysses"], 4, "parallel.context", ["6 / parallel.tensor 1 / 4 = 1.5 heads", "1, 2, 3, 6"], ["parallel.context_kind=ring"]),
     "stages_have_blocks": (["parallel.pipeline=5"], 5, "parallel.pipeline x parallel.virtual_stages", ["5 stages", "2 layers + embedding + head = 4 blocks", "at most 4"], ["model.layers=3"]),
     "batch_fills_ranks": (["batch.global=10", "batch.micro=2"], 4, "batch.global", ["10 / (batch.micro 2 x 4 data-parallel ranks) = 1.25", "8 or 16"], ["batch.global=16"]),
     "expert_keys_have_experts": (["model.shared_experts=1", "parallel.expert=2"], 2, "model.shared_experts", ["model.shared_experts, parallel.expert with model.experts null"], ["model.experts=4"]),
@@ -204,3 +208,26 @@ def test_the_hosts_are_checked_before_anything_runs(base: Path) -> None:
     with pytest.raises(ConfigError, match="ranks 3 to 5 crosses") as error:
         check(config, 12, host_ranks=range(4, 8))
     assert "divides the ranks of a host: 1, 2, 4" in str(error.value)
+
+
+@pytest.mark.parametrize("world_size", [2, 5, 6, 8, 12])
+def test_offered_layouts_keep_to_the_wanted_axes(world_size: int, base: Path) -> None:
+    config = load(
+        base, ["parallel.tensor=2", "parallel.context=2", "parallel.pipeline=1", "batch.global=5040"]
+    )
+    told = [finding for finding in findings(config, world_size) if " x " in finding.key]
+    assert bool(told) == bool(world_size % 4)
+    for finding in told:
+        assert finding.key == "parallel.tensor x parallel.context x parallel.pipeline"
+        for offer in finding.allowed.partition(": ")[2].split(", "):
+            words = offer.split()
+            assert words[::3] == ["tensor", "context", "pipeline"]
+            assert world_size % prod(int(degree) for degree in words[1::3]) == 0
+
+
+def test_lengths_offered_for_context_can_be_cut(base: Path) -> None:
+    for context, tensor, sequence, unit in (
+        (3, 2, "true", 6), (3, 2, "false", 6), (2, 3, "true", 12), (2, 3, "false", 4), (1, 3, "true", 3), (1, 3, "false", 1),
+    ):  # fmt: skip
+        keys = [f"parallel.context={context}", f"parallel.tensor={tensor}", f"parallel.sequence={sequence}"]
+        assert sequence_unit(load(base, keys).parallel) == unit
