@@ -33,6 +33,8 @@ from megads.parallel.tally import Tallied, count_once
 from megads.parallel.tokens import Shares, fill_up
 from megads.parallel.weight_queue import WeightQueue
 
+GATE_STEPS = 4096  # in which gates are compared where tokens are dropped
+
 Balance = Literal["none", "sequence", "global", "bias"]
 
 
@@ -285,13 +287,16 @@ class Router(Tallied):
     def _dropped(self, experts: Tensor, gates: Tensor, places: TokenPlaces) -> Tensor:
         """[t, K] bool: choices for which the expert has no room in the sequence; small gates go, then late tokens.
 
-        Every rank that has a part of the sequence ranks all of its choices alike.
+        Every rank that has a part of the sequence ranks all of its choices alike. Gates are compared in steps of
+        2^-12: a token that is repeated from the start of a sequence makes gates that are equal but for rounding, and
+        rounding may not decide.
         """
         spec = self._spec
         limit = math.ceil(spec.capacity * spec.per_token * places.sequence_length / spec.experts)  # type: ignore[operator]
         group = places.rows[:, None] * spec.experts + experts  # one a sequence and expert
         columns = places.columns[:, None].expand_as(experts)
-        mine = torch.stack([part.double() for part in (group, gates, columns)], dim=-1).flatten(0, 1)
+        steps = (gates * GATE_STEPS).round()
+        mine = torch.stack([part.double() for part in (group, steps, columns)], dim=-1).flatten(0, 1)
         share = places.shares.size * spec.per_token
         found = fill_up(mine, share, value=-1)  # [choices, 3]; rows that fill up are a group of their own
         start = 0
