@@ -21,7 +21,7 @@ from megads.optim.precision import initial_dtype
 from megads.optim.zero import NativeEngine
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import Mesh
-from megads.parallel.parameter import Scope, ShardedParameter, fill, parameter_table
+from megads.parallel.parameter import Piece, Scope, ShardedParameter, fill, parameter_table
 from megads.parallel.tally import TallyTable, tallied_in
 from megads.parallel.weight_queue import WeightQueue
 from megads.pipeline.action import Overlap, Schedule
@@ -76,6 +76,11 @@ class Model:
     def parameters(self) -> tuple[ShardedParameter, ...]:
         """This rank's parameters, each once, in order of declaration."""
         return parameter_table(self.stages.values())
+
+    @property
+    def kept(self) -> tuple[Piece, ...]:
+        """State without a gradient that this rank's layers keep in checkpoints."""
+        return tuple(piece for module in tallied_in(self.stages.values()) for piece in module.kept())
 
     def train(self) -> None:
         """Dropout on."""
@@ -189,5 +194,12 @@ def resolved(config: Config, spec: DecoderSpec) -> Config:
         tied=spec.tied,
         norm_eps=spec.norm_eps,
     )
+    if spec.moe is not None:
+        model = replace(
+            model,
+            expert_ffn=spec.moe.ffn,
+            group_score=spec.moe.group_score,
+            balance_weight=spec.moe.balance_weight,
+        )
     data = replace(config.data, page=config.data.page or config.data.sequence_length)
     return replace(config, model=model, data=data)

@@ -53,7 +53,10 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
     place = discover()
     defaults = (
         "parallel.tensor=1",
+        "parallel.context=1",
         "parallel.pipeline=1",
+        "parallel.expert=1",
+        "parallel.expert_tensor=null",
         "parallel.virtual_stages=1",
         "parallel.schedule=gpipe",
         f"batch.micro={ROWS}",
@@ -71,7 +74,8 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
         for parameter in model.parameters
         for piece in pieces(parameter, parameter.detach().view(-1), kind="model")
     ]
-    load(from_path, wanted, control=control, unread=("optim/",))
+    wanted += [piece for piece in model.kept if piece.name.startswith("model/")]
+    load(from_path, wanted, control=control, unread=("optim/", "router/"))
     return Restored(config, mesh, model, reader.step, str(reader.objects.get("tokenizer", "")))
 
 

@@ -1,4 +1,4 @@
-"""What a step cost: tokens per second, model TFLOP/s, share of the peak (MFU), memory.
+"""What a step cost: tokens per second, model TFLOP/s, share of the peak (MFU), memory. How busy experts were.
 
 MFU = flops of the model for the tokens of a step / seconds / ranks / peak of a rank. Model flops count forward and
 backward of the weights' products and causal attention, and nothing that is computed twice
@@ -12,6 +12,9 @@ import sys
 import time
 
 import torch
+
+from megads.assemble.step import StepResult
+from megads.model.decoder import DecoderSpec
 
 # dense bf16 peaks of the vendors' data sheets, by a part of the device's name
 CPU_SECONDS = 0.3  # for which the matrix product is timed
@@ -40,3 +43,22 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def expert_metrics(result: StepResult, spec: DecoderSpec) -> dict[str, float]:
+    """Losses of the routers, means over tokens and layers, and how the load of each layer with experts was shared.
+
+    `layers.N/load_max` and `load_min` are the tokens of the busiest and the idlest expert in units of the mean;
+    `layers.N/dropped`, with a capacity, is the share of the choices that found no room. Waits for the step.
+    """
+    found = {name: value.item() for name, value in result.extras.items()}
+    if spec.moe is None:
+        return found
+    for layer, row in zip(spec.expert_layers, result.report.tallies.tolist(), strict=True):
+        *loads, dropped = row
+        mean = sum(loads) / len(loads)
+        found[f"layers.{layer}/load_max"] = max(loads) / mean
+        found[f"layers.{layer}/load_min"] = min(loads) / mean
+        if spec.moe.capacity is not None:
+            found[f"layers.{layer}/dropped"] = dropped / sum(loads)
+    return found
