@@ -8,10 +8,11 @@ from pydantic import PositiveInt
 
 from megads.config.section import Text, section
 
-
 ScheduleName = Literal[
     "gpipe", "one_f_one_b", "interleaved", "zero_bubble_h1", "zero_bubble_h2", "zbv", "dualpipe_v"
 ]
+
+LayerPart = Literal["attention", "mlp", "norm", "activation"]
 
 
 @section
@@ -40,5 +41,13 @@ class ParallelConfig:
     schedule: ScheduleName | Text = "one_f_one_b"
     """Pipeline schedule, or the path of a file with one of your own (its form: `megads/pipeline/text.py`);
     `python -m megads schedule NAME` draws it."""
-    recompute: Literal["none", "full"] | tuple[Literal["attention", "mlp"], ...] = "none"
-    """What is computed again in the backward instead of kept: nothing, whole layers, or the named parts of each."""
+    recompute: Literal["none", "full"] | tuple[LayerPart, ...] = "none"
+    """What is computed again in the backward instead of kept: nothing, whole layers, or the named parts of each:
+    attention or mlp (the branch with its norm and its products), norm or activation (cheap: no product runs twice)."""
+    recompute_layers: PositiveInt | None = None
+    """In how many layers of each stage, its first ones; null: in all of them."""
+    offload: bool = False
+    """Keep what layers need for their backward in the host's memory; copies run beside the compute."""
+    loss_chunk: PositiveInt | None = None
+    """Tokens whose logits exist at a time: output head and loss run chunk by chunk, forward and gradient, and no logits
+    are kept; null: all tokens of a micro-batch at once."""

@@ -1,6 +1,7 @@
 """Self-attention with heads cut over the tensor-parallel axis; grouped-query, rotary or without positions.
 
 Tensors are [seq, batch, hidden] outside ([seq / n, ...] with sequence parallelism) and [batch, heads, seq, dim] inside.
+How the columns of other context-parallel ranks are met lives in `context.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from megads.data.sequence import Batch
+from megads.layers.context import context_attention
 from megads.layers.dropout import AttentionDropout
 from megads.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megads.ops.attention import attention
+from megads.layers.recompute import Origin
 from megads.ops.rope import rotary, rotary_angles
 from megads.parallel.parameter import Scope
 
@@ -42,6 +44,8 @@ class SelfAttention(torch.nn.Module):
         self._dim = hidden // heads
         tp_size = scope.mesh.group("tp").size
         self._num_local = (heads // tp_size, kv_heads // tp_size)
+        self._context = scope.mesh.group("cp")
+        self._context_kind = scope.context_kind
         self._rope_theta = rope_theta
         blocks = (heads * self._dim, kv_heads * self._dim, kv_heads * self._dim)
         self.qkv = ColumnParallelLinear(
@@ -52,8 +56,11 @@ class SelfAttention(torch.nn.Module):
         )
         self.dropout = AttentionDropout(scope.child("dropout"), dropout, num_heads=heads)
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        fused = self.qkv(x)  # [seq, batch, local q + k + v]
+    def forward(self, x: Tensor, batch: Batch, origin: Origin | None = None) -> Tensor:
+        """With the origin of x, that is kept for the backward in its place."""
+        if (batch.columns is None) != (self._context.size == 1):
+            raise ValueError("attention wants the context-parallel part of whole rows: Batch.context_part")
+        fused = self.qkv(x, origin)  # [seq, batch, local q + k + v]
         seq, rows, _ = fused.shape
         num_heads, num_kv = self._num_local
         widths = [num_heads * self._dim, num_kv * self._dim, num_kv * self._dim]
@@ -64,9 +71,16 @@ class SelfAttention(torch.nn.Module):
         if self._rope_theta is not None:
             angles = rotary_angles(batch.positions, dim=self._dim, theta=self._rope_theta)
             q, k = rotary(q, angles), rotary(k, angles)
-        result = attention(
-            q, k, v, scale=self._dim**-0.5, documents=batch.document_ids, dropout=self.dropout.plan(batch)
+        attended = context_attention(
+            q,
+            k,
+            v,
+            group=self._context,
+            kind=self._context_kind,
+            scale=self._dim**-0.5,
+            documents=batch.document_ids,
+            dropout=self.dropout.plan(batch),
         )
-        merged = result.out.permute(2, 0, 1, 3).reshape(seq, rows, num_heads * self._dim)
+        merged = attended.out.permute(2, 0, 1, 3).reshape(seq, rows, num_heads * self._dim)
         out: Tensor = self.out(merged)
         return out

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megads.layers.linear import column_product, gradient_of
+from megads.layers.linear import column_product
 from megads.ops.cross_entropy import Columns
 from megads.parallel.collectives import reduce_from, scatter_sum
 from megads.parallel.parameter import Scope, ShardedParameter
 from megads.parallel.shard import Cut, Init, ShardSpec
-from megads.parallel.weight_queue import WeightQueue
+from megads.parallel.weight_queue import WeightQueue, gradient_of
 
 
 def vocabulary_spec(vocab: int, hidden: int, *, init_std: float, tie: str | None) -> ShardSpec:

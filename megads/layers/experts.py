@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megads.layers.dispatch import Dispatch
-from megads.layers.linear import gradient_of
 from megads.layers.router import MoESpec, Routing
 from megads.ops.activation import swiglu
 from megads.ops.grouped import add_grouped_product_, grouped_linear
@@ -24,7 +23,7 @@ from megads.parallel.collectives import scatter_sum, start_gather_sequence
 from megads.parallel.parameter import Scope
 from megads.parallel.shard import Cut, Init, ShardSpec
 from megads.parallel.tokens import Shares, fill_up, gather_rows
-from megads.parallel.weight_queue import WeightQueue
+from megads.parallel.weight_queue import WeightQueue, gradient_of
 
 
 class _GroupedLinear(torch.autograd.Function):

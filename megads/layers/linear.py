@@ -17,6 +17,7 @@ work in the scope's `WeightQueue`, so that a schedule may put it off; x is then 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megads.layers.recompute import Origin
 from megads.ops.product import add_product_
 from megads.parallel.collectives import (
     Pending,
@@ -34,7 +36,7 @@ from megads.parallel.collectives import (
 from megads.parallel.mesh import Group
 from megads.parallel.parameter import Scope
 from megads.parallel.shard import Cut, Init, ShardSpec
-from megads.parallel.weight_queue import WeightQueue
+from megads.parallel.weight_queue import WeightQueue, gradient_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,6 @@ class _Cutting:
         return start_all_reduce(x.contiguous(), self.group)
 
 
-def gradient_of(weight: Tensor) -> Tensor:
-    """The buffer that a weight's gradient is added to."""
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad
-
-
 def add_weight_gradient(weight: Tensor, *, dy: Tensor, x: Tensor) -> None:
     """weight.grad += dy^T x, in the dtype of the gradient.
 
@@ -79,55 +74,70 @@ def add_weight_gradient(weight: Tensor, *, dy: Tensor, x: Tensor) -> None:
     add_product_(gradient_of(weight), dy=dy, x=x)
 
 
+def _keep(ctx: Any, x: Tensor, origin: Origin | None) -> None:
+    """Keep the input of a product, or in its place what it can be made of."""
+    ctx.save_for_backward(x if origin is None else origin.source.detach())
+    ctx.function = None if origin is None else origin.function
+
+
+def _kept(ctx: Any) -> Callable[[], Tensor]:
+    """What gives the input of a product, made again if need be."""
+    (kept,), function = ctx.saved_tensors, ctx.function
+    return (lambda: kept) if function is None else (lambda: function(kept))
+
+
 class _Column(torch.autograd.Function):
     """The weight is kept as an attribute: under recompute a saved tensor comes back as another object."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, cutting: _Cutting) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, cutting: _Cutting, origin: Origin | None
+    ) -> Tensor:
+        _keep(ctx, x, origin)
         ctx.weight, ctx.has_bias, ctx.cutting = weight, bias is not None, cutting
         return F.linear(cutting.whole(x).wait(), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
-        (x,) = ctx.saved_tensors
+        x = _kept(ctx)
         weight, cutting = ctx.weight, ctx.cutting
         with torch.no_grad():
-            # W gathers x for itself when its time comes; at once, the gather hides behind dy W
-            gathering = None if cutting.queue.is_deferring else cutting.whole(x)
+            # W makes x whole for itself when its time comes; at once, the gather hides behind dy W
+            gathering = None if cutting.queue.is_deferring else cutting.whole(x())
             summing = cutting.sum(dy @ weight)
 
             def weight_gradient() -> None:
-                whole = cutting.whole(x) if gathering is None else gathering
+                whole = cutting.whole(x()) if gathering is None else gathering
                 add_weight_gradient(weight, dy=dy, x=whole.wait())
 
             cutting.queue.put(weight_gradient, weight)
             dbias = dy.flatten(0, -2).sum(0) if ctx.has_bias else None
-            return summing.wait(), None, dbias, None
+            return summing.wait(), None, dbias, None, None
 
 
 class _Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, cutting: _Cutting) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, cutting: _Cutting, origin: Origin | None) -> Tensor:
+        _keep(ctx, x, origin)
         ctx.weight, ctx.cutting = weight, cutting
         return cutting.sum(F.linear(x, weight)).wait()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        weight = ctx.weight
+        x, weight = _kept(ctx), ctx.weight
         with torch.no_grad():
             dy = ctx.cutting.whole(gradients[0]).wait()
             dx = dy @ weight
-            ctx.cutting.queue.put(lambda: add_weight_gradient(weight, dy=dy, x=x), weight)
-            return dx, None, None
+            ctx.cutting.queue.put(lambda: add_weight_gradient(weight, dy=dy, x=x()), weight)
+            return dx, None, None, None
 
 
-def column_product(x: Tensor, weight: Tensor, *, bias: Tensor | None, scope: Scope) -> Tensor:
+def column_product(
+    x: Tensor, weight: Tensor, *, bias: Tensor | None, scope: Scope, origin: Origin | None = None
+) -> Tensor:
     """x W^T + b for a weight cut along its output, as the layers of `scope` are cut."""
-    return _Column.apply(x, weight, bias, _Cutting.of(scope))  # type: ignore[no-untyped-call,no-any-return]
+    return _Column.apply(x, weight, bias, _Cutting.of(scope), origin)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class ColumnParallelLinear(torch.nn.Module):
@@ -155,8 +165,9 @@ class ColumnParallelLinear(torch.nn.Module):
             scope.parameter("bias", ShardSpec((out_features,), (cut,), decay=False)) if has_bias else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return column_product(x, self.weight, bias=self.bias, scope=self._scope)
+    def forward(self, x: Tensor, origin: Origin | None = None) -> Tensor:
+        """With an origin, that is kept for the backward in the place of x."""
+        return column_product(x, self.weight, bias=self.bias, scope=self._scope, origin=origin)
 
 
 class RowParallelLinear(torch.nn.Module):
@@ -179,6 +190,7 @@ class RowParallelLinear(torch.nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Row.apply(x, self.weight, self._cutting)  # type: ignore[no-untyped-call]
+    def forward(self, x: Tensor, origin: Origin | None = None) -> Tensor:
+        """With an origin, that is kept for the backward in the place of x."""
+        y: Tensor = _Row.apply(x, self.weight, self._cutting, origin)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias

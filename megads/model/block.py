@@ -1,17 +1,25 @@
-"""The one residual block: x + attention(norm(x)), then x + mlp(norm(x)), with dropout on each branch."""
+"""The one residual block: x + attention(norm(x)), then x + mlp(norm(x)), with dropout on each branch.
+
+The mlp is dense, or a mixture of experts, whose balance and z-losses leave the block as extras.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from megads.data.sequence import Batch
 from megads.layers.dropout import HiddenDropout
-from megads.layers.recompute import Recompute, recomputed
+from megads.layers.moe import MixtureOfExperts, MoEOutput
+from megads.layers.recompute import KEEP_ALL, Memory, Origin, recomputed
 from megads.parallel.parameter import Scope
-from megads.pipeline.stage import BlockOutput, Payload
+from megads.pipeline.stage import BlockOutput, Extra, Payload
+
+Moving = Callable[[torch.nn.Module], AbstractContextManager[None]]
+"""What moves the tensors that a layer keeps: a context for its forward (`layers/offload.py`)."""
 
 
 class TransformerBlock(torch.nn.Module):
@@ -26,7 +34,8 @@ class TransformerBlock(torch.nn.Module):
         attention_norm: torch.nn.Module,
         mlp_norm: torch.nn.Module,
         dropout: float,
-        recompute: Recompute = "none",
+        memory: Memory = KEEP_ALL,
+        moving: Moving | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = attention_norm
@@ -35,28 +44,40 @@ class TransformerBlock(torch.nn.Module):
         self.mlp = mlp
         self.attention_dropout = HiddenDropout(scope.child("attention_branch"), dropout)
         self.mlp_dropout = HiddenDropout(scope.child("mlp_branch"), dropout)
-        self._recomputes_all = recompute == "full"
-        self._recomputed = () if isinstance(recompute, str) else recompute
+        self._memory = memory
+        self._moving = moving
 
     def forward(self, payload: Payload, batch: Batch) -> BlockOutput:
         (x,) = payload
-        if self._recomputes_all:
-            return BlockOutput((recomputed(self._body, x, batch),))
-        return BlockOutput((self._body(x, batch),))
+        with nullcontext() if self._moving is None else self._moving(self):
+            return recomputed(self._body, x, batch) if self._memory.recomputes_all else self._body(x, batch)
 
-    def _body(self, x: Tensor, batch: Batch) -> Tensor:
-        attend, feed = (
-            partial(recomputed, branch) if name in self._recomputed else branch
-            for name, branch in (("attention", self._attend), ("mlp", self._feed))
-        )
-        x = x + self.attention_dropout(attend(x, batch), batch)
-        x = x + self.mlp_dropout(feed(x, batch), batch)
-        return x
+    def _body(self, x: Tensor, batch: Batch) -> BlockOutput:
+        attended = self._branch("attention", self._attend, x, batch)
+        x = x + self.attention_dropout(attended.payload[0], batch)
+        fed = self._branch("mlp", self._feed, x, batch)
+        x = x + self.mlp_dropout(fed.payload[0], batch)
+        return BlockOutput((x,), fed.extras)
 
-    def _attend(self, x: Tensor, batch: Batch) -> Tensor:
-        y: Tensor = self.attention(self.attention_norm(x), batch)
-        return y
+    def _branch(
+        self, name: str, branch: Callable[[Tensor, Batch], BlockOutput], x: Tensor, batch: Batch
+    ) -> BlockOutput:
+        return recomputed(branch, x, batch) if self._memory.recomputes(name) else branch(x, batch)
 
-    def _feed(self, x: Tensor, _: Batch) -> Tensor:
-        y: Tensor = self.mlp(self.mlp_norm(x))
-        return y
+    def _attend(self, x: Tensor, batch: Batch) -> BlockOutput:
+        origin = self._origin(self.attention_norm, x)
+        return BlockOutput((self.attention(self.attention_norm(x), batch, origin),))
+
+    def _origin(self, norm: torch.nn.Module, x: Tensor) -> Origin | None:
+        """What the layer behind a norm keeps in the place of its output; None: the output."""
+        return Origin(norm, x) if self._memory.recomputes("norm") else None
+
+    def _feed(self, x: Tensor, batch: Batch) -> BlockOutput:
+        normed = self.mlp_norm(x)
+        if not isinstance(self.mlp, MixtureOfExperts):
+            return BlockOutput((self.mlp(normed, self._origin(self.mlp_norm, x)),))
+        made: MoEOutput = self.mlp(normed, batch)
+        count = torch.full((), made.num_tokens, device=x.device)
+        losses = (("balance_loss", made.balance_loss), ("z_loss", made.z_loss))
+        extras = tuple(Extra(name, loss, count) for name, loss in losses if loss is not None)
+        return BlockOutput((made.hidden,), extras)

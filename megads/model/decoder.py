@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,13 +21,17 @@ from megads.layers.attention import SelfAttention
 from megads.layers.dropout import HiddenDropout
 from megads.layers.embedding import PositionEmbedding, VocabParallelEmbedding, VocabParallelHead
 from megads.layers.mlp import GeluMLP, SwiGLUMLP
+from megads.layers.moe import MixtureOfExperts
 from megads.layers.norm import LayerNorm, RMSNorm
-from megads.layers.recompute import Recompute
-from megads.model.block import TransformerBlock
+from megads.layers.offload import Offload
+from megads.layers.recompute import KEEP_ALL, Memory
+from megads.layers.router import MoESpec
+from megads.model.block import Moving, TransformerBlock
+from megads.objective.chunked import Head, chunked_loss
 from megads.objective.language import masked_sum, token_losses
 from megads.parallel.collectives import gather_last
 from megads.parallel.parameter import Scope
-from megads.pipeline.stage import BlockOutput, Extra, Payload
+from megads.pipeline.stage import BlockOutput, Extra, Payload, Term
 
 TIED_NAME = "embedding.word.weight"
 
@@ -52,6 +57,7 @@ class DecoderSpec:
     dropout: float
     attention_dropout: float
     init_std: float
+    moe: MoESpec | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -60,11 +66,39 @@ class DecoderSpec:
 
     @property
     def block_costs(self) -> tuple[float, ...]:
-        """Multiply-adds of one token in the matrix products of each block, the weights' part."""
+        """Multiply-adds of one token in the matrix products of each block, the weights' part; of experts those it
+        goes to.
+        """
         width = self.hidden // self.heads * (self.heads + 2 * self.kv_heads)
         projections = self.hidden * (width + self.hidden)
-        mlp = self.hidden * self.ffn * (3 if self.activation == "swiglu" else 2)
-        return (0.0, *(float(projections + mlp) for _ in range(self.layers)), float(self.vocab * self.hidden))
+        dense = self.hidden * self.ffn * (3 if self.activation == "swiglu" else 2)
+        mlps = [dense] * (self.layers - len(self.expert_layers))
+        if self.moe is not None:
+            active = 3 * (self.moe.per_token * self.moe.ffn + self.moe.shared_ffn) + self.moe.experts
+            mlps += [self.hidden * active] * len(self.expert_layers)
+        return (0.0, *(float(projections + mlp) for mlp in mlps), float(self.vocab * self.hidden))
+
+    @property
+    def expert_layers(self) -> range:
+        """Numbers of the layers that have experts."""
+        return (
+            range(self.layers, self.layers) if self.moe is None else range(self.moe.dense_layers, self.layers)
+        )
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """What the loss is a sum of; the language loss is first."""
+        found = [Term("loss", 1.0, "label", num_sources=1, is_cut=False)]
+        if self.moe is not None:
+            weights = {"balance_loss": self.moe.balance_weight * self.moe.has_balance_loss}
+            weights["z_loss"] = self.moe.z_weight
+            num_layers = len(self.expert_layers)
+            found += [
+                Term(name, weight, "position", num_sources=num_layers, is_cut=True)
+                for name, weight in weights.items()
+                if weight
+            ]
+        return tuple(found)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Flops of forward and backward for one token: 6 x weights in products + 6 L h s (causal attention).
@@ -100,9 +134,13 @@ class EmbeddingBlock(torch.nn.Module):
 
 
 class HeadBlock(torch.nn.Module):
-    """(hidden,) -> (): final norm, output head, loss."""
+    """(hidden,) -> (): final norm, output head, loss.
 
-    def __init__(self, scope: Scope, spec: DecoderSpec) -> None:
+    Args:
+        loss_chunk: tokens whose logits exist at a time; None: all, and they are kept for the backward.
+    """
+
+    def __init__(self, scope: Scope, spec: DecoderSpec, *, loss_chunk: int | None) -> None:
         super().__init__()
         self.norm = make_norm(scope.child("norm"), spec)
         self.output = VocabParallelHead(
@@ -114,9 +152,24 @@ class HeadBlock(torch.nn.Module):
         )
         self._group = scope.mesh.group("tp")
         self._vocab = spec.vocab
+        self._chunked = (
+            None
+            if loss_chunk is None
+            else Head(
+                self.output.weight,
+                self.output.columns,
+                self._group,
+                is_sequence_parallel=scope.sequence_parallel,
+                queue=scope.queue,
+                chunk=loss_chunk,
+            )
+        )
 
     def forward(self, payload: Payload, batch: Batch) -> BlockOutput:
         (hidden,) = payload
+        if self._chunked is not None:
+            loss = chunked_loss(self.norm(hidden), batch, head=self._chunked)
+            return BlockOutput((), (Extra("loss", loss, batch.mask.sum()),))
         logits = self.output(self.norm(hidden)).transpose(0, 1)  # [batch, seq, vocab_local]
         losses = token_losses(
             logits.flatten(0, 1),
@@ -140,7 +193,9 @@ def make_norm(scope: Scope, spec: DecoderSpec) -> LayerNorm | RMSNorm:
     return kind(scope, spec.hidden, eps=spec.norm_eps)
 
 
-def make_layer(scope: Scope, spec: DecoderSpec, *, recompute: Recompute) -> TransformerBlock:
+def make_layer(
+    scope: Scope, spec: DecoderSpec, *, number: int, memory: Memory, moving: Moving | None
+) -> TransformerBlock:
     """One transformer layer. Projections back into the residual stream start smaller, by sqrt(2 x layers)."""
     output_std = spec.init_std / (2 * spec.layers) ** 0.5
     attention = SelfAttention(
@@ -154,38 +209,62 @@ def make_layer(scope: Scope, spec: DecoderSpec, *, recompute: Recompute) -> Tran
         output_std=output_std,
         has_bias=spec.has_bias,
     )
-    mlp = (GeluMLP if spec.activation == "gelu" else SwiGLUMLP)(
-        scope.child("mlp"),
+    return TransformerBlock(
+        scope,
+        attention=attention,
+        mlp=make_mlp(scope.child("mlp"), spec, number=number, output_std=output_std, memory=memory),
+        attention_norm=make_norm(scope.child("attention_norm"), spec),
+        mlp_norm=make_norm(scope.child("mlp_norm"), spec),
+        dropout=spec.dropout,
+        memory=memory,
+        moving=moving,
+    )
+
+
+def make_mlp(
+    scope: Scope, spec: DecoderSpec, *, number: int, output_std: float, memory: Memory
+) -> torch.nn.Module:
+    """The feed-forward part of layer `number`, dense or with experts."""
+    if spec.moe is not None and number in spec.expert_layers:
+        row = spec.expert_layers.index(number)
+        return MixtureOfExperts(
+            scope, spec.hidden, spec.moe, row=row, init_std=spec.init_std, output_std=output_std
+        )
+    return (GeluMLP if spec.activation == "gelu" else SwiGLUMLP)(
+        scope,
         spec.hidden,
         spec.ffn,
         init_std=spec.init_std,
         output_std=output_std,
         has_bias=spec.has_bias,
-    )
-    return TransformerBlock(
-        scope,
-        attention=attention,
-        mlp=mlp,
-        attention_norm=make_norm(scope.child("attention_norm"), spec),
-        mlp_norm=make_norm(scope.child("mlp_norm"), spec),
-        dropout=spec.dropout,
-        recompute=recompute,
+        keeps_activation=not memory.recomputes("activation"),
     )
 
 
 def make_blocks(
-    scope: Scope, spec: DecoderSpec, *, stages: Mapping[int, range], recompute: Recompute = "none"
+    scope: Scope, spec: DecoderSpec, *, stages: Mapping[int, range], memory: Memory = KEEP_ALL
 ) -> dict[int, torch.nn.ModuleList]:
     """This process' blocks: stage number -> the blocks of its range of block numbers (0 .. num_blocks - 1)."""
-    return {
-        stage: torch.nn.ModuleList(_make_block(scope, spec, number=n, recompute=recompute) for n in numbers)
-        for stage, numbers in stages.items()
-    }
+    return {stage: _make_stage(scope, spec, numbers, memory=memory) for stage, numbers in stages.items()}
 
 
-def _make_block(scope: Scope, spec: DecoderSpec, *, number: int, recompute: Recompute) -> torch.nn.Module:
-    if number == 0:
-        return EmbeddingBlock(scope.child("embedding"), spec)
-    if number == spec.num_blocks - 1:
-        return HeadBlock(scope.child("head"), spec)
-    return make_layer(scope.child(f"layers.{number - 1}"), spec, recompute=recompute)
+def _make_stage(scope: Scope, spec: DecoderSpec, numbers: range, *, memory: Memory) -> torch.nn.ModuleList:
+    offload = Offload(scope.mesh.device) if memory.offload else None
+    blocks = torch.nn.ModuleList()
+    for number in numbers:
+        if number == 0:
+            blocks.append(EmbeddingBlock(scope.child("embedding"), spec))
+        elif number == spec.num_blocks - 1:
+            blocks.append(HeadBlock(scope.child("head"), spec, loss_chunk=memory.loss_chunk))
+        else:
+            index = number - max(numbers.start, 1)
+            blocks.append(
+                make_layer(
+                    scope.child(f"layers.{number - 1}"),
+                    spec,
+                    number=number - 1,
+                    memory=memory.of_layer(index),
+                    moving=None if offload is None else partial(offload.layer, is_first=index == 0),
+                )
+            )
+    return blocks

@@ -3,15 +3,19 @@
     maximum (local) -> max over ranks -> sums (local) -> sum over ranks -> lse = max + log(sum), loss = lse - target
 
 A rank may hold fewer real columns than its tensor has (padding), even none: padded columns behave as logits of -inf.
-Arithmetic is float32, or float64 for float64 logits. Padded columns get gradient 0.
+Arithmetic is float32, or float64 for float64 logits, on a few rows at a time, so that low-precision logits are never
+widened as a whole. Padded columns get gradient 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+MAX_WIDE = 1 << 24  # elements in the dtype of the arithmetic at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +39,38 @@ class LocalSums:
     target: Tensor  # [tokens]
 
 
-def wide(logits: Tensor) -> Tensor:
-    """Logits in the dtype of the arithmetic."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def wide_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _slices(logits: Tensor) -> Iterator[slice]:
+    """Rows to work on at a time: [tokens, vocab_local] cut along the tokens."""
+    tokens, width = logits.shape
+    step = max(1, MAX_WIDE // max(width, 1))
+    return (slice(start, start + step) for start in range(0, tokens, step))
 
 
 def local_maximum(logits: Tensor, columns: Columns) -> Tensor:
     """Largest logit of each token over real columns: [tokens, vocab_local] -> [tokens]; -inf where there are none."""
+    dtype = wide_dtype(logits)
     if columns.count == 0:
-        return wide(logits).new_full(logits.shape[:1], float("-inf"))
-    return wide(logits[:, : columns.count]).amax(dim=-1)
+        return logits.new_full(logits.shape[:1], float("-inf"), dtype=dtype)
+    return logits[:, : columns.count].amax(dim=-1).to(dtype)
 
 
 def local_sums(logits: Tensor, labels: Tensor, *, maximum: Tensor, columns: Columns) -> LocalSums:
     """This rank's part of the two sums over the vocabulary. labels, maximum: [tokens]."""
-    real = wide(logits[:, : columns.count])
-    mine, column = columns.locate(labels)
-    exponentials = (real - maximum[:, None]).exp().sum(dim=-1)
+    real = logits[:, : columns.count]
+    exponentials = torch.zeros_like(maximum)
     if columns.count == 0:
         return LocalSums(exponentials, torch.zeros_like(maximum))
-    target = torch.where(mine, real.gather(1, column[:, None]).squeeze(1), 0.0)
-    return LocalSums(exponentials, target)
+    for rows in _slices(real):
+        shifted = real[rows].to(maximum.dtype) - maximum[rows, None]
+        torch.sum(shifted.exp_(), dim=-1, out=exponentials[rows])
+    mine, column = columns.locate(labels)
+    label_logit = real.gather(1, column[:, None]).squeeze(1).to(maximum.dtype)
+    return LocalSums(exponentials, torch.where(mine, label_logit, 0.0))
 
 
 def local_gradient(logits: Tensor, labels: Tensor, *, lse: Tensor, scale: Tensor, columns: Columns) -> Tensor:
@@ -65,11 +80,13 @@ def local_gradient(logits: Tensor, labels: Tensor, *, lse: Tensor, scale: Tensor
         lse: [tokens] log-sum-exp over the whole vocabulary.
         scale: [tokens] gradient of each token's loss; 0 where masked.
     """
-    gradient = torch.zeros(logits.shape, dtype=lse.dtype, device=logits.device)
+    gradient = torch.empty_like(logits)
+    gradient[:, columns.count :] = 0.0
     if columns.count:
-        real = gradient[:, : columns.count]
-        real.copy_((wide(logits[:, : columns.count]) - lse[:, None]).exp_())
         mine, column = columns.locate(labels)
-        real.scatter_add_(1, column[:, None], -mine.to(lse.dtype)[:, None])
-        real.mul_(scale[:, None])
-    return gradient.to(logits.dtype)
+        one_hot = -mine.to(lse.dtype)[:, None]
+        for rows in _slices(logits):
+            real = (logits[rows, : columns.count].to(lse.dtype) - lse[rows, None]).exp_()
+            real.scatter_add_(1, column[rows, None], one_hot[rows])
+            gradient[rows, : columns.count] = real.mul_(scale[rows, None])
+    return gradient

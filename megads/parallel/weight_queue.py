@@ -41,6 +41,13 @@ class _Kept:
     weight: Tensor
 
 
+def gradient_of(weight: Tensor) -> Tensor:
+    """The buffer that a weight's gradient is added to."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
 class WeightQueue:
     """Runs weight-gradient work at once, or keeps it while a backward is split. One for all layers of a rank."""
 

@@ -52,6 +52,9 @@ class Case:
     sequence: bool = False
     chunks: int = 1
     recompute: Any = "none"
+    recompute_layers: int | None = None
+    offload: bool = False
+    loss_chunk: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -128,6 +131,9 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
             sequence=case.sequence,
             virtual_stages=case.chunks,
             recompute=case.recompute,
+            recompute_layers=case.recompute_layers,
+            offload=case.offload,
+            loss_chunk=case.loss_chunk,
         ),
     )
 
