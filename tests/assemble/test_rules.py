@@ -12,7 +12,6 @@ import pytest
 from megads.assemble.deepspeed_keys import OWNED
 from megads.assemble.finding import Finding
 from megads.assemble.rules import RULES, check, findings
-from megads.assemble.rules_context import sequence_unit
 from megads.assemble.rules_layout import tensor_stays_on_host
 from megads.config.load import load
 from megads.config.root import Config
@@ -22,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 SCHEDULE_FILES = Path(__file__).parent / "schedules"
 
-RANKS = {"quickstart": 4, "gpt2-124m": 8, "llama-1b": 8, "llama-8b": 64}
+RANKS = {"quickstart": 4, "quickstart-moe": 4, "gpt2-124m": 8, "llama-1b": 8, "llama-8b": 64}
 
 BASE = """\
 run: {steps: 10}
@@ -223,11 +222,3 @@ def test_offered_layouts_keep_to_the_wanted_axes(world_size: int, base: Path) ->
             words = offer.split()
             assert words[::3] == ["tensor", "context", "pipeline"]
             assert world_size % prod(int(degree) for degree in words[1::3]) == 0
-
-
-def test_lengths_offered_for_context_can_be_cut(base: Path) -> None:
-    for context, tensor, sequence, unit in (
-        (3, 2, "true", 6), (3, 2, "false", 6), (2, 3, "true", 12), (2, 3, "false", 4), (1, 3, "true", 3), (1, 3, "false", 1),
-    ):  # fmt: skip
-        keys = [f"parallel.context={context}", f"parallel.tensor={tensor}", f"parallel.sequence={sequence}"]
-        assert sequence_unit(load(base, keys).parallel) == unit
