@@ -24,6 +24,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from megads.errors import ScheduleError
@@ -151,7 +152,7 @@ def _read_line(line: str, heads: dict[str, str], rows: list[Row]) -> None:
             raise ScheduleError(
                 "rows are numbered from 0 without gaps", found=line[:60], allowed=f"rank {len(rows)}: ..."
             )
-        rows.append(_parse_cells(cells.split()))
+        rows.append(_parse_cells(cells.split(), only_compute=False))
         return
     if word not in _HEADS or word in heads:
         raise ScheduleError(
@@ -162,14 +163,20 @@ def _read_line(line: str, heads: dict[str, str], rows: list[Row]) -> None:
     heads[word] = rest
 
 
-def _parse_cells(texts: list[str]) -> Row:
+def _parse_cells(texts: Sequence[str], *, only_compute: bool) -> Row:
     """The cells of a row; empty ones are waiting."""
-    row = []
+    row: list[Cell] = []
     for number, text in enumerate(texts, start=1):
         try:
             row += [parse_cell(text)] if text else []
         except ScheduleError as error:
             raise ScheduleError(f"cell {number}: {error}") from None
+        if text and only_compute and not row[-1].is_compute:
+            raise ScheduleError(
+                f"cell {number}: not compute",
+                found=text,
+                allowed="F, B, I, W and pairs; the rest is added here",
+            )
     return tuple(row)
 
 
@@ -182,6 +189,7 @@ def _parse_numbers(text: str) -> tuple[int, ...]:
 
 
 _TORCH_PAIR = re.compile(r"\(([^();]*);([^();]*)\)OVERLAP_F_B")
+_TORCH_REDUCE = re.compile(r"[0-9]+REDUCE_GRAD[0-9]*")  # `lower.py` says where gradients are reduced
 
 
 def parse_csv(text: str, source: str = "schedule.csv") -> Schedule:
@@ -196,17 +204,12 @@ def parse_csv(text: str, source: str = "schedule.csv") -> Schedule:
     """
     rows: list[Row] = []
     for number, record in enumerate(csv.reader(io.StringIO(text)), start=1):
-        cells = [_TORCH_PAIR.sub(r"(\1+\2)", cell.strip()) for cell in record]
+        cells = [_TORCH_REDUCE.sub("", _TORCH_PAIR.sub(r"(\1+\2)", cell.strip())) for cell in record]
         try:
-            if any(cells):
-                rows.append(_parse_cells(cells))
-            for column, cell in enumerate(rows[-1] if any(cells) else (), start=1):
-                if not cell.is_compute:
-                    raise ScheduleError(
-                        f"action {column} is no compute", found=cell, allowed="F, B, I, W and pairs"
-                    )
+            row = _parse_cells(cells, only_compute=True)
         except ScheduleError as error:
             raise ScheduleError(f"{source}:{number}: {error}") from None
+        rows += [row] if row else []
     forwards = {
         (action.stage, action.micro_batch): rank
         for rank, row in enumerate(rows)
@@ -234,9 +237,9 @@ def _placement_of(
     stages = range(1 + max(stage for stage, _ in forwards))
     ways = []
     for micro_batch in range(num_micro_batches):
-        missing = [stage for stage in stages if (stage, micro_batch) not in forwards]
-        if missing:
-            raise ScheduleError(f"{source}: not a whole schedule", found=f"no {missing[0]}F{micro_batch}")
+        missing = next((stage for stage in stages if (stage, micro_batch) not in forwards), None)
+        if missing is not None:
+            raise ScheduleError(f"{source}: not a whole schedule", found=f"no {missing}F{micro_batch}")
         ways.append(tuple(forwards[stage, micro_batch] for stage in stages))
     first, last = ways[0], ways[-1]
     half = num_micro_batches if first == last else num_micro_batches // 2

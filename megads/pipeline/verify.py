@@ -183,7 +183,7 @@ def _check_reduce(schedule: Schedule, places: Places) -> None:
             own = [index for at, index in places.get(reduce, []) if at == rank]
             if len(own) != 1:
                 marks = {rank: own[-1] if own else len(schedule.rows[rank])}
-                what = f"{reduce} stands {len(own)} times on rank {rank}" if own else f"{reduce} is missing"
+                what = f"{reduce} {f'stands {len(own)} times' if own else 'is missing'} on rank {rank}"
                 _refuse(schedule, what, marks, f"once on rank {rank}")
             for index, cell in enumerate(schedule.rows[rank]):
                 for action in cell.actions:

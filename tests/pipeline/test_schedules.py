@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from megads.errors import ScheduleError
-from megads.pipeline.action import Action, Kind, Schedule, live_counts
-from megads.pipeline.schedules import SCHEDULES, build
+from megads.pipeline.action import Action, Cell, Kind, Overlap, Schedule, live_counts
+from megads.pipeline.schedules import SCHEDULES, build, placement_of
 from megads.pipeline.simulate import equal_costs, simulate
-from megads.pipeline.text import format_schedule, read_schedule
 from megads.pipeline.verify import verify
+from tests.pipeline.cases import chunks_of, is_legal, on_ranks
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 5, 8, 16) for m in (1, 2, 3, 4, 5, 7, 8, 16, 19)]
 
@@ -43,13 +42,112 @@ def test_one_f_one_b_with_fewer_micro_batches_than_stages(num_stages: int) -> No
             ]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_declared_bounds_are_tight(name: str) -> None:
+@pytest.mark.parametrize(("name", "theirs"), [("zbv", "ZBVZeroBubble"), ("dualpipe_v", "DualPipeV")])
+def test_rows_of_a_vee_equal_torch(name: str, theirs: str, torch_schedule: Callable[..., Schedule]) -> None:
+    compared = 0
     for p, m in SIZES:
-        schedule = build(name, num_stages=p, num_micro_batches=m)
+        if theirs == "DualPipeV" and m < 2 * p:  # torch refuses fewer micro-batches than stages
+            continue
+        schedule, other = on_ranks(name, p, m), torch_schedule(theirs, p, m, 2)
+        assert (schedule.rows, schedule.placement) == (other.rows, other.placement)
+        compared += 1
+    assert compared >= 25
+
+
+PEAKS: dict[str, Callable[[int, int, int], int]] = {
+    "gpipe": lambda p, r, m: m,
+    "one_f_one_b": lambda p, r, m: min(p - r, m),
+    "interleaved": lambda p, r, m: interleaved_peaks(p, m, 2)[r],
+    "zero_bubble_h1": lambda p, r, m: min(p, m),
+    "zero_bubble_h2": lambda p, r, m: min(2 * p - 1, m),
+    "zbv": lambda p, r, m: 2 * p,
+    "dualpipe_v": lambda p, r, m: 2 * p + 1,
+    "dualpipe": lambda p, r, m: p + 1,
+}
+"""Most live activations of a stage on rank r, as published; for the last three the most of any rank, for m >= 2p."""
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_declared_bounds_are_tight_and_the_published_peaks(name: str) -> None:
+    compared = 0
+    for p, m in SIZES:
+        if not is_legal(name, p, m):
+            continue
+        schedule = on_ranks(name, p, m)
         assert schedule.max_live == tuple(max(live_counts(row)) for row in schedule.rows)
-        ahead = [min(p - r, m) for r in range(p)]
-        assert list(schedule.max_live) == {"gpipe": [m] * p}.get(name, ahead)
+        if name == "interleaved" and m % p:
+            continue
+        if name in ("zbv", "dualpipe_v", "dualpipe"):
+            if m >= 2 * p and p > 1:
+                assert max(schedule.max_live) == PEAKS[name](p, 0, m)
+                compared += 1
+        else:
+            assert list(schedule.max_live) == [PEAKS[name](p, r, m) for r in range(p)]
+            compared += 1
+    assert compared >= 6
+
+
+H1 = (
+    "0F0 0F1 0F2 0I0 0W0 0F3 0I1 0W1 0I2 0W2 0I3 0W3",
+    "1F0 1F1 1I0 1F2 1I1 1W0 1F3 1I2 1W1 1I3 1W2 1W3",
+    "2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3",
+)
+H2 = (
+    "0F0 0F1 0F2 0F3 0F4 0I0 0W0 0I1 0W1 0I2 0W2 0I3 0W3 0I4 0W4",
+    "1F0 1F1 1F2 1I0 1F3 1I1 1F4 1I2 1W0 1I3 1W1 1I4 1W2 1W3 1W4",
+    "2F0 2I0 2F1 2I1 2F2 2I2 2F3 2I3 2F4 2I4 2W0 2W1 2W2 2W3 2W4",
+)
+
+
+def test_zero_bubble_rows_are_those_of_the_paper() -> None:
+    """As in its figures 2 and 3: 1F1B's order with I for B, W late by the rank (H2: by twice the rank)."""
+    for name, m, expected in (("zero_bubble_h1", 4, H1), ("zero_bubble_h2", 5, H2)):
+        assert tuple(" ".join(map(str, row)) for row in on_ranks(name, 3, m).rows) == expected
+
+
+def test_dualpipe_is_two_dualpipe_v_that_face_each_other() -> None:
+    """Rank r of the upper half does what DualPipeV's rank r does; rank p - 1 - r the same with directions exchanged."""
+    for p, m in ((2, 6), (4, 10), (8, 16), (6, 4)):
+        schedule, vee = on_ranks("dualpipe", p, m), on_ranks("dualpipe_v", p // 2, m // 2)
+        for rank in range(p // 2):
+            mirrored = tuple(_exchange(cell, m // 2) for cell in schedule.rows[p - 1 - rank])
+            assert mirrored == schedule.rows[rank]
+            plain = [_of_one_direction(cell, p, m // 2) for cell in schedule.rows[rank]]
+            assert plain == [str(cell) for cell in vee.rows[rank]]
+        assert all(schedule.stages_of(rank) == schedule.stages_of(p - 1 - rank) for rank in range(p))
+
+
+def _exchange(cell: Cell, half: int) -> Cell:
+    """The cell with the two halves of the micro-batches exchanged."""
+
+    def exchange(action: Action) -> Action:
+        return replace(action, micro_batch=(action.micro_batch + half) % (2 * half))
+
+    if isinstance(cell, Overlap):
+        return Overlap(exchange(cell.forward), exchange(cell.backward))
+    return exchange(cell)
+
+
+def _of_one_direction(cell: Cell, p: int, half: int) -> str:
+    """The cell's text with micro-batches of either direction counted from 0."""
+    texts = [f"{a.stage}{a.kind.value}{a.micro_batch % half}" for a in cell.actions]
+    return texts[0] if len(texts) == 1 else f"({texts[0]}+{texts[1]})"
+
+
+@pytest.mark.parametrize("name", ["zbv", "dualpipe_v", "dualpipe"])
+def test_fewer_micro_batches_than_a_full_pipeline_are_what_is_left_of_it(name: str) -> None:
+    for p in (2, 4, 6):
+        for m in range(2, 2 * p, 2):
+            short = on_ranks(name, p, m)
+            verify(short)
+            assert {a.micro_batch for _, _, cell in short.cells() for a in cell.actions} == set(range(m))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_placement_of_the_table_is_that_of_the_builder(name: str) -> None:
+    for p in (2, 4):
+        chunks = chunks_of(name)
+        assert on_ranks(name, p, 8).placement[0] == placement_of(name, num_ranks=p, num_chunks=chunks)
 
 
 def interleaved(p: int, m: int, v: int) -> Schedule:
@@ -141,19 +239,18 @@ def test_the_table_cannot_be_changed() -> None:
         ("interleaved", (4, 0, 2), "at least one of its micro-batches"),
         ("interleaved", (5, 2, 2), "same number of stages(.|\n)*5 stages in chunks of 2(.|\n)*multiple of 2"),
         ("interleave", (4, 2, 2), "unknown(.|\n)*did you mean interleaved"),
+        ("zbv", (4, 2, 1), "schedule zbv has two stages a rank(.|\n)*1 chunk(.|\n)*2 chunks"),
+        ("dualpipe_v", (5, 2, 2), "dualpipe_v holds two stages on every rank(.|\n)*5 stages(.|\n)*even"),
+        ("zbv", (0, 2, 2), "at least one of its stages"),
+        ("zero_bubble_h1", (2, 0, 1), "at least one of its micro-batches"),
+        ("dualpipe", (3, 2, 1), "one half of its ranks to each(.|\n)*3 ranks(.|\n)*4 or 2"),
+        (
+            "dualpipe",
+            (4, 1, 1),
+            "one half of its micro-batches(.|\n)*1 micro-batches(.|\n)*an even number: 2$",
+        ),
     ],
 )
 def test_wrong_requests_are_refused(name: str, counts: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         build(name, num_stages=counts[0], num_micro_batches=counts[1], num_chunks=counts[2])
-
-
-def test_read_schedule(tmp_path: Path) -> None:
-    schedule = build("one_f_one_b", num_stages=3, num_micro_batches=5)
-    (tmp_path / "mine.txt").write_text(format_schedule(schedule))
-    assert read_schedule(tmp_path / "mine.txt") == schedule
-    with pytest.raises(ScheduleError, match=r"absent\.txt cannot be read"):
-        read_schedule(tmp_path / "absent.txt")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ScheduleError, match="binary cannot be read"):
-        read_schedule(tmp_path / "binary")

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import pytest
 
 from megads.errors import ScheduleError
-from megads.pipeline.action import Action, Kind, Schedule
+from megads.pipeline.action import Action, Cell, Kind, Schedule
 from megads.pipeline.lower import lower
-from megads.pipeline.schedules import SCHEDULES, build
+from megads.pipeline.schedules import SCHEDULES
 from megads.pipeline.text import parse_cell, parse_schedule
 from megads.pipeline.verify import verify
+from tests.pipeline.cases import WHOLE, is_legal, on_ranks
 
 
 def change(schedule: Schedule, rank: int, edit: Callable[[list[str]], None]) -> Schedule:
@@ -131,14 +132,71 @@ MUTATIONS = (
 )  # fmt: skip
 
 
-CASES = (*((name, 1) for name in SCHEDULES if name != "interleaved"), ("interleaved", 2))
-"""Schedules with their chunks a rank."""
+# On the same sizes: ZB-H1 (stage r on rank r), ZB-V (stages r and 7 - r), DualPipe (r and 3 - r, micro-batches 3 to 5
+# the other way).
+SPLIT_MUTATIONS = (
+    ("zero_bubble_h1", Mutation("I dropped", drop(1, "1I2"), "1I2 is missing", "[end]")),
+    ("zero_bubble_h1", Mutation("W dropped", drop(3, "3W0"), "3W0 is missing", "[end]")),
+    ("zero_bubble_h1", Mutation("W doubled", double(2, "2W1"), "2W1 stands 2 times", "[2W1]")),
+    ("zero_bubble_h1", Mutation("W before its I", move(2, "2W4", before="2I4"),
+                                "2I4 does not stand before 2W4", "[2I4]")),
+    ("zero_bubble_h1", Mutation("I before its F", move(3, "3I5", before="3F5"),
+                                "3F5 does not stand before 3I5", "[3F5]")),
+    ("zero_bubble_h1", Mutation("B beside I and W", add(0, "0B3"), "0B3 stands beside 0I3 or 0W3", "[0B3]")),
+    ("zero_bubble_h1", Mutation("REDUCE before the last W", move(3, "3REDUCE", before="3W5"),
+                                "3REDUCE stands before 3W5", "[3REDUCE]")),
+    ("zero_bubble_h1", Mutation("gradient sent before its I", move(2, "2SEND_B1", before="2I1"),
+                                "2I1 does not stand before 2SEND_B1", "[2I1]")),
+    ("zero_bubble_h2", Mutation("bound too low", lower_bound(1), "rank 1 holds 6", "max_live 5")),
+    ("zbv", Mutation("stage on its mirror's rank", give(1, "6F2", 2), "6F2 stands on rank 2", "rank 2  | [6F2]")),
+    ("zbv", Mutation("tip of the V sends to itself", add(3, "3SEND_F0"), "3SEND_F0 carries nothing",
+                     "[3SEND_F0]")),
+    ("zbv", Mutation("one REDUCE for two stages", drop(0, "7REDUCE"), "7REDUCE is missing on", "[end]")),
+    ("dualpipe_v", Mutation("half of a pair dropped", rename(3, "(4F4+3B0)", "4F4"), "3B0 is missing", "[end]")),
+    ("dualpipe_v", Mutation("pair doubled", double(3, "(4F4+3B0)"), "3B0 stands 2 times", "[(4F4+3B0)]")),
+    ("dualpipe", Mutation("micro-batch the wrong way", give(0, "0F1", 3), "0F1 stands on rank 3",
+                          "rank 3  | [0F1]")),
+    ("dualpipe", Mutation("REDUCE of one twin alone", drop(3, "0REDUCE"), "0REDUCE is missing on rank 3", "[end]")),
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "num_chunks"), CASES)
+@pytest.mark.parametrize(
+    ("name", "mutation"), SPLIT_MUTATIONS, ids=[f"{name}-{m.what}" for name, m in SPLIT_MUTATIONS]
+)
+def test_mutations_of_split_and_vee_schedules_are_refused(name: str, mutation: Mutation) -> None:
+    good = lower(on_ranks(name, 4, 6))
+    verify(good)
+    with pytest.raises(ScheduleError) as caught:
+        verify(mutation.spoil(good))
+    assert str(caught.value).startswith(f"schedule {name}: {mutation.message}")
+    assert mutation.marked in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_proven_on_three_transports(name: str) -> None:
+    """Up to 16 ranks, random micro-batches and chunks."""
+    draw = random.Random(name)
+    for p in (1, 2, 3, 4, 5, 6, 8, 11, 16):
+        m = draw.randint(1, 40)
+        if is_legal(name, p, m + m % 2):
+            verify(on_ranks(name, p, m + m % 2, draw.randint(2, 4) if name == "interleaved" else None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_size_is_proven(name: str) -> None:
+    draw = random.Random(name)
+    for p in range(1, 17):
+        for m in (*range(1, 7), *(draw.randint(7, 96) for _ in range(2))):
+            for chunks in range(1, 4) if name == "interleaved" else (None,):
+                if is_legal(name, p, m):
+                    verify(on_ranks(name, p, m, chunks))
+
+
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
-def test_mutations_are_refused(name: str, num_chunks: int, mutation: Mutation) -> None:
-    good = lower(build(name, num_stages=4 * num_chunks, num_micro_batches=6, num_chunks=num_chunks))
+def test_mutations_are_refused(name: str, mutation: Mutation) -> None:
+    good = lower(on_ranks(name, 4, 6))
     verify(good)
     with pytest.raises(ScheduleError) as caught:
         verify(mutation.spoil(good))
@@ -148,72 +206,106 @@ def test_mutations_are_refused(name: str, num_chunks: int, mutation: Mutation) -
     assert message.count("rank 3  |") == 1
 
 
-@pytest.mark.parametrize(("name", "num_chunks"), CASES)
-def test_no_action_can_be_spared_or_repeated(name: str, num_chunks: int) -> None:
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_action_can_be_spared_or_repeated(name: str) -> None:
     """Exhaustively: each cell of the lowered schedule dropped, and doubled at a random other place."""
-    good = lower(build(name, num_stages=3 * num_chunks, num_micro_batches=4, num_chunks=num_chunks))
+    good = lower(on_ranks(name, 2 if name == "dualpipe" else 3, 4))
     random_ = random.Random(7)
     for rank, index, cell in good.cells():
         row = good.rows[rank]
         place = random_.randint(0, len(row))
         for bad in (row[:index] + row[index + 1 :], (*row[:place], cell, *row[place:])):
             rows = (*good.rows[:rank], bad, *good.rows[rank + 1 :])
-            with pytest.raises(ScheduleError, match=str(cell)):
+            with pytest.raises(ScheduleError, match="|".join(map(str, cell.actions))):
                 verify(replace(good, rows=rows))
 
 
 def runs_blocking(schedule: Schedule) -> bool:
     """A second opinion, written apart from `verify`: run rows whose every message is a rendezvous."""
-    rows = [[action for cell in row for action in cell.actions] for row in schedule.rows]
-    values: set[tuple[int, str, int, int]] = set()  # (rank, F or B, stage, micro-batch)
-    last = schedule.num_stages - 1
+    rows = [list(row) for row in schedule.rows]
+    values: set[tuple[int, str, int, int]] = set()  # (rank, F, B (also made by I) or W, stage, micro-batch)
+    kinds = {(a.kind, a.stage, a.micro_batch) for row in rows for cell in row for a in cell.actions}
+
+    def way(micro_batch: int) -> tuple[int, ...]:
+        second_half = 2 * micro_batch >= schedule.num_micro_batches
+        return schedule.placement[1 if len(schedule.placement) == 2 and second_half else 0]
+
+    def compute(rank: int, cell: Cell) -> bool:
+        """Whether all that the cell needs is there; an action that uses what it has not received fails at once."""
+        made = set()
+        for action in cell.actions:
+            kind, s, m = action.kind, action.stage, action.micro_batch
+            if kind is Kind.F:
+                needs = [("F", s - 1)] if s > 0 else []
+            elif kind is Kind.W:
+                needs = [("B", s)]
+            else:
+                needs = [("F", s), *([("B", s + 1)] if s < schedule.num_stages - 1 else [])]
+            if any((rank, letter, stage, m) not in values for letter, stage in needs):
+                return False
+            made.add((rank, "B" if kind is Kind.I else kind.value, s, m))
+        values.update(made)
+        return True
+
+    def reduced(rank: int, stage: int) -> bool:
+        for m in range(schedule.num_micro_batches):
+            last = "W" if (Kind.W, stage, m) in kinds else "B"
+            if way(m)[stage] == rank and (rank, last, stage, m) not in values:
+                return False
+        return True
+
+    def meets(rank: int, end: Action) -> bool | None:
+        """Whether a message has passed; None if its value was never made."""
+        letter, step = ("F", 1) if end.kind in (Kind.SEND_F, Kind.RECV_F) else ("B", -1)
+        source = end.stage if end.kind.is_send else end.stage - step
+        other_stage = source + step if end.kind.is_send else source
+        ends = {Kind.SEND_F: Kind.RECV_F, Kind.RECV_F: Kind.SEND_F,
+                Kind.SEND_B: Kind.RECV_B, Kind.RECV_B: Kind.SEND_B}  # fmt: skip
+        m = end.micro_batch
+        other, peer = Action(ends[end.kind], other_stage, m), way(m)[other_stage]
+        if not rows[peer] or rows[peer][0] != other:
+            return False
+        sender = rank if end.kind.is_send else peer
+        if (sender, letter, source, m) not in values:
+            return None
+        values.add((rank if end.kind.is_receive else peer, letter, source, m))
+        rows[peer].pop(0)
+        return True
+
     moved = True
     while moved:
         moved = False
         for rank, row in enumerate(rows):
             if not row:
                 continue
-            kind, s, m = row[0].kind, row[0].stage, row[0].micro_batch
-            if kind is Kind.REDUCE:
-                needed = {(rank, "B", s, i) for i in range(schedule.num_micro_batches)}
-                if not needed <= values:
+            cell = row[0]
+            if cell.is_compute:
+                if not compute(rank, cell):
                     return False
-            elif kind is Kind.F:
-                if s > 0 and (rank, "F", s - 1, m) not in values:
-                    return False  # a row that uses what it has not received fails at once
-                values.add((rank, "F", s, m))
-            elif kind is Kind.B:
-                if (rank, "F", s, m) not in values or (s < last and (rank, "B", s + 1, m) not in values):
+            elif cell.actions[0].kind is Kind.REDUCE:
+                if not reduced(rank, cell.actions[0].stage):
                     return False
-                values.add((rank, "B", s, m))
             else:
-                letter, step = ("F", 1) if kind in (Kind.SEND_F, Kind.RECV_F) else ("B", -1)
-                source = s if kind.is_send else s - step
-                other_stage = s + step if kind.is_send else source
-                ends = {Kind.SEND_F: Kind.RECV_F, Kind.RECV_F: Kind.SEND_F,
-                        Kind.SEND_B: Kind.RECV_B, Kind.RECV_B: Kind.SEND_B}  # fmt: skip
-                other, peer = Action(ends[kind], other_stage, m), schedule.placement[0][other_stage]
-                if not rows[peer] or rows[peer][0] != other:
-                    continue
-                sender = rank if kind.is_send else peer
-                if (sender, letter, source, m) not in values:
+                passed = meets(rank, cell.actions[0])
+                if passed is None:
                     return False
-                values.add((rank if kind.is_receive else peer, letter, source, m))
-                rows[peer].pop(0)
+                if not passed:
+                    continue
             row.pop(0)
             moved = True
     return not any(rows)
 
 
-@pytest.mark.parametrize(("name", "num_chunks"), CASES)
-def test_random_disorder_is_judged_as_running_it_would(name: str, num_chunks: int) -> None:
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_random_disorder_is_judged_as_running_it_would(name: str) -> None:
     """Two cells of a row swapped, neighbours or not: `verify` accepts exactly what runs to its end."""
-    good = build(name, num_stages=3 * num_chunks, num_micro_batches=3, num_chunks=num_chunks)
-    good = replace(lower(good), max_live=(3 * num_chunks,) * 3)
+    p = 2 if name == "dualpipe" else 3
+    good = lower(on_ranks(name, p, 4 if name == "dualpipe" else 3))
+    good = replace(good, max_live=(100,) * p)
     random_ = random.Random(3)
     accepted = 0
     for _ in range(300):
-        rank = random_.randrange(3)
+        rank = random_.randrange(p)
         row = list(good.rows[rank])
         i = random_.randrange(len(row) - 1)
         j = i + 1 if random_.random() < 0.7 else random_.randrange(len(row))
