@@ -73,7 +73,7 @@ def shown(found: Found) -> tuple[object, ...]:
     return texts.texts.to_pylist(), texts.records.tolist(), found.bad, found.num_filtered, found.num_records
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(nasty_lines(), min_size=1, max_size=5), st.sampled_from(OPTIONS), st.booleans())
 def test_fast_equals_exact(lines: list[bytes], options: RecordOptions, is_ended: bool) -> None:
     content = b"\n".join(lines) + b"\n" * is_ended
