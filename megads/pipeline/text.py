@@ -241,15 +241,15 @@ def _placement_of(
         if missing is not None:
             raise ScheduleError(f"{source}: not a whole schedule", found=f"no {missing}F{micro_batch}")
         ways.append(tuple(forwards[stage, micro_batch] for stage in stages))
-    first, last = ways[0], ways[-1]
-    half = num_micro_batches if first == last else num_micro_batches // 2
+    first, half = ways[0], len(ways) // 2
+    if set(ways[:half]) == {first} and len(set(ways[half:])) == 1:
+        return tuple(dict.fromkeys((first, ways[-1])))
     for micro_batch, way in enumerate(ways):
-        wanted = first if micro_batch < half else last
-        if way != wanted:
-            stage = next(s for s in stages if way[s] != wanted[s])
+        if way != first:
+            stage = next(s for s in stages if way[s] != first[s])
             raise ScheduleError(
                 f"{source}: a stage moves between ranks",
                 found=f"{stage}F{micro_batch} on rank {way[stage]}",
-                allowed=f"rank {wanted[stage]}: all micro-batches one way, or each half its own way (DualPipe)",
+                allowed=f"rank {first[stage]}: all micro-batches one way, or each half its own way (DualPipe)",
             )
-    return (first,) if first == last else (first, last)
+    return (first,)
