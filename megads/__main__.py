@@ -33,6 +33,10 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "evaluate": ("megads.evaluate.perplexity:main", "perplexity and bits per byte of a checkpoint"),
         "generate": ("megads.evaluate.generate:main", "sample text from a checkpoint"),
+        "verify": (
+            "megads.verify.command:main",
+            "prove on the CPU that a layout changes nothing: verify CONFIG --layout tensor=2,pipeline=2",
+        ),
         "schedule": ("megads.pipeline.report:main", "prove, time, compare and draw pipeline schedules"),
         "explain": ("megads.config.explain:main", "what a config key means: explain [KEY]"),
     }

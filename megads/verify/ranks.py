@@ -1,6 +1,6 @@
 """Real gloo ranks on this host: forked, joined through a file, torn down with the reason.
 
-    parent   fork, wait ----------- first failure -> half a second for the others' reasons -> stacks of the rest -> error
+    parent   fork, wait ------ first failure -> half a second for the others' reasons -> stacks of the rest -> error
     rank     join -> function(control) -> value or reason, through a pipe; what it prints goes to a file
 
 A rank that raises, crashes or hangs ends all within seconds, and the error names it and the line where it stood. The
@@ -93,7 +93,7 @@ def fork_ranks(
         processes: list[BaseProcess] = []
         for rank in range(size):
             reader, writer = context.Pipe(duplex=False)
-            process = context.Process(
+            process: BaseProcess = context.Process(
                 target=_child,
                 args=(function, rank, size),
                 kwargs={"path": path, "stall": stall, "out": writer},

@@ -1,0 +1,295 @@
+"""Train a few steps under a layout on forked ranks and bring back what must not depend on the layout.
+
+    ranks   build -> step 1 (watched) -> ... -> step N     weights, moments and losses, as the pieces a checkpoint gets
+    parent  pieces -> logical tensors                      a piece that is missing, doubled or misplaced is seen here
+
+The gradient of step 1 is read off what the optimizer made of it, whichever engine that was: Adam's first moment is then
+(1 - beta1) x gradient, and plain SGD moves weights by lr x gradient; either way after clipping, which is undone with
+the norm that the engine itself reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megads.assemble.step import StepResult, train_step
+from megads.assemble.wiring import Model, build_engine, build_executors, build_model, layout_of
+from megads.config.root import Config
+from megads.optim.clip import clip_factor
+from megads.optim.engine import Engine
+from megads.parallel.control import Control
+from megads.parallel.mesh import Mesh, build_mesh
+from megads.parallel.parameter import Piece, ShardedParameter, stored_name
+from megads.parallel.shard import EXPERT_AXES, Box, Shape, block_box
+from megads.pipeline.executor import Executor
+from megads.verify.batch import Masks, synthetic_batch
+from megads.verify.ranks import fork_ranks
+from megads.verify.trace import Deviation, Deviations, Trace, Tracer, merge
+
+LR = 1e-3
+LR_SGD = 1.0  # large, so that the movement of a weight shows its gradient
+MOMENT = "optim/exp_avg/"
+MODEL = "model/"
+MAX_SKIPS = 24  # steps that fp16's loss scale may skip before the first good one
+
+Array = NDArray[np.floating]
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a logical tensor, as it leaves its process."""
+
+    name: str
+    shape: Shape
+    box: Box
+    values: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a declaration says of a parameter under a layout.
+
+    Attributes:
+        kind: how it is cut: `column`, `row` or `vocabulary` over tp, `expert` over ep and etp, or `whole`.
+        is_partial: whether ranks of tp each have a part of its gradient's sum.
+        is_tied: whether the first and the last stage share it.
+        blocks: the fused parts.
+    """
+
+    kind: str
+    is_partial: bool
+    is_tied: bool
+    blocks: tuple[Box, ...]
+
+    @classmethod
+    def of(cls, parameter: ShardedParameter) -> Facts:
+        """Of a parameter on this rank."""
+        spec = parameter.spec
+        over_tp = [cut for cut in spec.cuts if cut.axis == "tp"]
+        kind = "whole"
+        if spec.axes & set(EXPERT_AXES):
+            kind = "expert"
+        elif over_tp:
+            kind = "vocabulary" if over_tp[0].pad else "column" if over_tp[0].dim == 0 else "row"
+        num_blocks = max((len(cut.blocks) for cut in spec.cuts), default=1) or 1
+        blocks = tuple(block_box(spec, number) for number in range(num_blocks))
+        return cls(kind, bool(spec.partial), spec.tie is not None, blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came out: logical tensors by name, losses and gradient norms by step.
+
+    Attributes:
+        initial, final: weights before and after, float32 or float64, by `model/NAME`.
+        gradients: of step 1, before clipping, by NAME.
+        facts: declarations by NAME, in the order of the forward.
+        trace: of the reference.
+        outputs, gradient_flow: deviations of modules' outputs and of their gradients from the reference's.
+        disagreements: what ranks say differently although it is one number.
+        misplaced: tensors of which elements are missing or are there twice, in the order of the forward.
+    """
+
+    initial: Arrays
+    gradients: Arrays
+    final: Arrays
+    facts: dict[str, Facts]
+    losses: list[float]
+    norms: list[float]
+    trace: Trace = field(default_factory=Trace)
+    outputs: Deviations = field(default_factory=dict)
+    gradient_flow: Deviations = field(default_factory=dict)
+    disagreements: tuple[str, ...] = ()
+    misplaced: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trainee:
+    """A model and all that trains it, on one rank."""
+
+    config: Config
+    mesh: Mesh
+    model: Model
+    engine: Engine
+    executor: Executor
+    masks: Masks = "unequal"
+
+    @classmethod
+    def build(cls, config: Config, control: Control, *, masks: Masks = "unequal") -> Trainee:
+        """All ranks call it. `model.vocab` must not be null."""
+        assert config.model.vocab is not None
+        mesh = build_mesh(layout_of(config, control.size), control.rank)
+        model = build_model(config, mesh, vocab=config.model.vocab)
+        engine = build_engine(config, model, mesh=mesh)
+        return cls(config, mesh, model, engine, build_executors(config, model, mesh=mesh).train, masks)
+
+    @property
+    def lr(self) -> float:
+        return LR_SGD if self.config.optim.name == "sgd" else LR
+
+    def step(self, number: int) -> StepResult:
+        """Train on the batch of a step."""
+        batch = synthetic_batch(self.config, number, masks=self.masks)
+        rows = self.config.batch.global_size // self.mesh.layout.data
+        first = self.mesh.group("dp").rank * rows
+        return train_step(
+            batch.rows(first, first + rows),
+            executor=self.executor,
+            engine=self.engine,
+            mesh=self.mesh,
+            lr=self.lr,
+        )
+
+    def first_step(self) -> StepResult:
+        """Train on the batch of step 1 until a step was not skipped: fp16 finds its loss scale."""
+        for _ in range(MAX_SKIPS):
+            result = self.step(1)
+            if bool(result.report.finite):
+                break
+        return result
+
+    def parts(self) -> list[Part]:
+        """This rank's share of weights and moments."""
+        return parts_of(self.engine.state())
+
+
+@dataclass(frozen=True, slots=True)
+class _RankResult:
+    initial: list[Part]
+    first: list[Part]
+    final: list[Part]
+    facts: dict[str, Facts]
+    losses: list[float]
+    norms: list[float]
+    trace: Trace
+    outputs: dict[str, Deviation]
+    gradient_flow: dict[str, Deviation]
+
+
+def measure(
+    config: Config,
+    world_size: int,
+    *,
+    steps: int,
+    masks: Masks = "unequal",
+    watch: bool = False,
+    against: Trace | None = None,
+    timeout: float = 300.0,
+    stall: float = 20.0,
+) -> Outcome:
+    """Train `steps` steps of `config` on `world_size` ranks, on synthetic batches.
+
+    Args:
+        config: with `model.vocab`; needs no corpus and no tokenizer.
+        watch: whether to keep what modules make in step 1, as a reference for others.
+        against: such a reference, to compare modules with; None: they are not compared.
+        timeout, stall: as `fork_ranks`.
+
+    Raises:
+        RanksError: a rank failed.
+        ConfigError: a rank refused the config.
+    """
+
+    def work(control: Control) -> _RankResult:
+        trainee = Trainee.build(config, control, masks=masks)
+        initial = trainee.parts()
+        shape = (config.batch.global_size, config.data.sequence_length)
+        tracer = Tracer(trainee.model, trainee.mesh, shape, against)
+        if watch or against is not None:
+            with tracer:
+                results = [trainee.first_step()]
+        else:
+            results = [trainee.first_step()]
+        first = trainee.parts()
+        results += [trainee.step(number) for number in range(2, steps + 1)]
+        return _RankResult(
+            initial,
+            first,
+            trainee.parts(),
+            {stored_name(parameter): Facts.of(parameter) for parameter in trainee.model.parameters},
+            [result.loss.item() for result in results],
+            [result.report.grad_norm.item() for result in results],
+            tracer.trace,
+            tracer.outputs,
+            tracer.gradients,
+        )
+
+    return _merge(config, fork_ranks(work, world_size, timeout=timeout, stall=stall))
+
+
+def _merge(config: Config, ranks: Sequence[_RankResult]) -> Outcome:
+    """The ranks' results as one."""
+    facts: dict[str, Facts] = {}
+    for rank in ranks:
+        for name, fact in rank.facts.items():
+            facts.setdefault(name, fact)
+    bad: dict[str, None] = {}
+    initial = assemble([rank.initial for rank in ranks], bad)
+    first = assemble([rank.first for rank in ranks], bad)
+    final = assemble([rank.final for rank in ranks], bad)
+    losses, norms = ranks[0].losses, ranks[0].norms
+    disagreements = []
+    for number, result in enumerate(ranks):
+        for what, mine, theirs in (("loss", losses, result.losses), ("gradient norm", norms, result.norms)):
+            if mine != theirs:
+                step = next(n for n, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+                disagreements.append(
+                    f"{what} of step {step + 1}: rank 0 {mine[step]!r}, rank {number} {theirs[step]!r}"
+                )
+    return Outcome(
+        _models(initial),
+        _gradients(config, initial, first, norm=norms[0]),
+        _models(final),
+        facts,
+        losses,
+        norms,
+        ranks[0].trace,
+        merge([rank.outputs for rank in ranks]),
+        merge([rank.gradient_flow for rank in ranks]),
+        tuple(disagreements),
+        tuple(bad),
+    )
+
+
+def _models(whole: Arrays) -> Arrays:
+    return {name: values for name, values in whole.items() if name.startswith(MODEL)}
+
+
+def _gradients(config: Config, initial: Arrays, first: Arrays, *, norm: float) -> Arrays:
+    """The gradients that made `first` of `initial`, by NAME."""
+    factor = float(clip_factor(torch.tensor(norm, dtype=torch.float64), config.optim.clip))
+    if config.optim.name == "sgd":
+        moved = {name: initial[name].astype(np.float64) - first[name] for name in _models(first)}
+        return {name.removeprefix(MODEL): values / (LR_SGD * factor) for name, values in moved.items()}
+    share = (1.0 - config.optim.betas[0]) * factor
+    return {
+        name.removeprefix(MOMENT): values / values.dtype.type(share)
+        for name, values in first.items()
+        if name.startswith(MOMENT)
+    }
+
+
+def parts_of(pieces: Sequence[Piece]) -> list[Part]:
+    """Copies of pieces that can leave the process."""
+    return [Part(p.name, p.shape, p.box, p.tensor.detach().cpu().numpy().copy()) for p in pieces]
+
+
+def assemble(ranks: Sequence[Sequence[Part]], bad: dict[str, None]) -> Arrays:
+    """Logical tensors from every rank's parts; names of those with elements missing or doubled go to `bad`."""
+    whole: Arrays = {}
+    seen: dict[str, NDArray[np.int8]] = {}
+    for parts in ranks:
+        for part in parts:
+            target = whole.setdefault(part.name, np.zeros(part.shape, dtype=part.values.dtype))
+            target[part.box.slices] = part.values
+            seen.setdefault(part.name, np.zeros(part.shape, dtype=np.int8))[part.box.slices] += 1
+    for name, count in seen.items():
+        if not (count == 1).all():
+            bad.setdefault(name.removeprefix(MODEL))
+    return whole
