@@ -5,31 +5,22 @@ Rank r of P has the chunks r and 2P-1-r of 2P equal ones, and sequence paralleli
 
 from __future__ import annotations
 
-from math import lcm
-
 from megads.assemble.finding import Finding, Rule, divisors, multiples
-from megads.config.parallel import ParallelConfig
 from megads.config.root import Config
-
-
-def sequence_unit(parallel: ParallelConfig) -> int:
-    """Every sequence length must be a multiple of this many tokens, so that ranks can share a row evenly."""
-    tensor = parallel.tensor if parallel.sequence else 1
-    return parallel.context * lcm(2, tensor) if parallel.context > 1 else tensor
+from megads.parallel.layout import sequence_unit
 
 
 def sequence_fills_context(config: Config, world_size: int) -> Finding | None:
     length, parallel = config.data.sequence_length, config.parallel
-    unit = sequence_unit(parallel)
+    tensor = parallel.tensor if parallel.sequence else 1
+    unit = sequence_unit(context=parallel.context, tensor=tensor)
     if parallel.context == 1 or length % unit == 0:
         return None
     chunk = length / (2 * parallel.context)
     found = f"{length}; {length} / (2 x parallel.context {parallel.context}) = {chunk:.6g} positions a chunk"
-    if parallel.sequence and parallel.tensor > 1:
-        share = length / (parallel.context * parallel.tensor)
-        found += (
-            f", {share:.6g} positions a rank with parallel.sequence over parallel.tensor {parallel.tensor}"
-        )
+    if tensor > 1:
+        share = length / (parallel.context * tensor)
+        found += f", {share:.6g} positions a rank with parallel.sequence over parallel.tensor {tensor}"
     return Finding("data.sequence_length", found, f"a multiple of {unit}: {multiples(length, unit)}")
 
 

@@ -10,18 +10,20 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from megads.assemble.wiring import Model
-from megads.data.sequence import Batch
+from megads.data.sequence import Batch, context_columns
 from megads.data.tokenizer import open_tokenizer
 from megads.errors import CheckpointError, ConfigError
 from megads.evaluate.restore import restore
 from megads.model.decoder import HeadBlock
 from megads.parallel.bootstrap import disconnect
 from megads.parallel.collectives import broadcast_
+from megads.parallel.layout import sequence_unit
 from megads.parallel.mesh import Mesh
 from megads.pipeline.stage import Payload
 from megads.pipeline.transport import TensorSpec, Transport
@@ -70,7 +72,9 @@ class Generator:
     def __init__(self, model: Model, mesh: Mesh) -> None:
         self._model = model
         self._mesh = mesh
-        self._multiple = mesh.group("tp").size if model.is_sequence_parallel else 1
+        self._tensor_cut = mesh.group("tp").size if model.is_sequence_parallel else 1
+        self._context = mesh.group("cp")
+        self._multiple = sequence_unit(context=self._context.size, tensor=self._tensor_cut)
         self._pipeline = mesh.group("pp")
         self._transport = Transport(self._pipeline, mesh.device)
         self._rank_of_head = mesh.layout.pipeline_rank_of(mesh.layout.num_stages - 1)
@@ -100,7 +104,7 @@ class Generator:
         return made
 
     def _next_logits(self, tokens: list[int]) -> Tensor | None:
-        """Logits [vocab] after the last token on the last stage; None on the others."""
+        """Logits [vocab] after the last token on the ranks of the last stage; None on the others."""
         device, last = self._mesh.device, len(tokens) - 1
         tokens = tokens + [0] * (-len(tokens) % self._multiple)  # after the last token, where nothing looks
         seq = len(tokens)
@@ -114,8 +118,9 @@ class Generator:
             document_ids=None,
             samples=torch.zeros(1, dtype=torch.int64, device=device),
             step=1,
-        )
-        spec = TensorSpec((seq // self._multiple, 1, self._model.spec.hidden), self._model.dtype)
+        ).context_part(self._context.rank, self._context.size)
+        seq_local = batch.tokens.shape[1] // self._tensor_cut
+        spec = TensorSpec((seq_local, 1, self._model.spec.hidden), self._model.dtype)
         payload: Payload = ()
         rank_of, own = self._mesh.layout.pipeline_rank_of, self._pipeline.rank
         for stage, blocks in sorted(self._model.stages.items()):
@@ -123,12 +128,21 @@ class Generator:
                 payload = self._transport.receive((spec,), peer=before).wait()
             for block in blocks:
                 if isinstance(block, HeadBlock):
-                    return block.logits(payload)[0, last]
+                    return self._row_of(last, block.logits(payload)[0], seq=seq)
                 payload = block(payload, batch).payload
             if (after := rank_of(stage + 1)) != own:
                 self._transport.send(payload, (spec,), peer=after)
         self._transport.drain()
         return None
+
+    def _row_of(self, column: int, logits: Tensor, *, seq: int) -> Tensor:
+        """The logits [vocab] of one column of `seq`, from the context-parallel rank that has it."""
+        group = self._context
+        columns = [[*chain(*context_columns(r, size=group.size, length=seq))] for r in range(group.size)]
+        (source,) = (r for r in range(group.size) if column in columns[r])
+        is_here = source == group.rank
+        row = logits[columns[source].index(column)] if is_here else torch.empty_like(logits[0])
+        return broadcast_(row.contiguous(), group, source=source)
 
 
 def main(argv: Sequence[str]) -> int:

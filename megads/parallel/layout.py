@@ -20,10 +20,23 @@ Axes (`AXES`), each a partition of all ranks:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 
 from megads.errors import LayoutError
 
 AXES = ("tp", "cp", "dp", "pp", "dp_cp", "ep", "etp", "edp", "ends", "model", "world")
+
+
+def sequence_unit(*, context: int, tensor: int) -> int:
+    """Every sequence length must be a multiple of this many tokens, so that ranks can share a row evenly.
+
+    Rank r of P has the chunks r and 2P-1-r of 2P equal ones; sequence parallelism cuts what a rank has once more.
+
+    Args:
+        context: context-parallel degree.
+        tensor: tensor-parallel degree with sequence parallelism; without, 1.
+    """
+    return context * lcm(2, tensor) if context > 1 else tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from megads.errors import ConfigError
+from megads.layers.context import Row
 from megads.ops.activation import gelu, swiglu
 from megads.ops.attention import ATTENTION, attention
 from megads.ops.norm import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 from megads.ops.registry import Op, force
 from megads.ops.rope import rotary, rotary_angles
+from tests.ops.ring import attend_gathered, attend_in_ring
 
 # error norm over reference norm; torch adds some 16-bit weight gradients up in 16 bits, our kernels add in fp32
 BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -163,6 +165,27 @@ ATTENTION_LARGE = (
 )  # fmt: skip
 
 
+def _run_ring(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None = None) -> tuple[Tensor, ...]:
+    return attend_in_ring(q, k, v, Row(RANKS, q.shape[2], q.shape[-1] ** -0.5, ids))
+
+
+def _run_gathered(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None = None) -> tuple[Tensor, ...]:
+    return attend_gathered(q, k, v, Row(RANKS, q.shape[2], q.shape[-1] ** -0.5, ids))
+
+
+RANKS = 4
+# documents that end inside chunks of 8, at their edges, and that span all ranks
+RING_SHAPES = (
+    Shape((2, 4, 2, 64, 16, 16)), Shape((1, 6, 1, 8, 8, 8)), Shape((1, 2, 2, 40, 48, 32)),
+    Shape((3, 4, 2, 64, 16, 16), documents=((7, 1, 20, 36), (64,), (8, 16, 9, 31))),
+    Shape((2, 2, 1, 64, 8, 8), documents=((1, 62, 1), (32, 32))),
+)  # fmt: skip
+RING_LARGE = (
+    Shape((1, 8, 2, 2048, 128, 128)), Shape((2, 4, 4, 1024, 64, 64)), Shape((1, 4, 4, 512, 192, 128)),
+    Shape((2, 4, 2, 1024, 128, 128), documents=((100, 1, 700, 223), (512, 512))),
+)  # fmt: skip
+
+
 def _draw_rotary(shape: Shape) -> tuple[Tensor, ...]:
     batch, heads, seq, dim = shape.sizes
     x = torch.randn(seq, batch, heads, dim, dtype=torch.float64).permute(1, 2, 0, 3)
@@ -206,6 +229,9 @@ SUBJECTS = (
             lambda shape: _draw_norm(shape, has_bias=True), _one(layer_norm, eps=EPS), _define_layer),
     Subject("attention", ATTENTION, ATTENTION_SHAPES, ATTENTION_LARGE,
             _draw_attention, _run_attention, _define_attention),
+    Subject("ring", ATTENTION, RING_SHAPES, RING_LARGE, _draw_attention, _run_ring, _define_attention),
+    Subject("ring of the chosen", None, RING_SHAPES, RING_LARGE, _draw_attention, _run_ring, _define_attention),
+    Subject("gathered", ATTENTION, RING_SHAPES, RING_LARGE, _draw_attention, _run_gathered, _define_attention),
     Subject("rotary", None, (Shape((2, 3, 5, 8)), Shape((1, 1, 9, 2))), (Shape((2, 4, 300, 128)),),
             _draw_rotary, _run_rotary, _define_rotary),
     Subject("gelu", None, _WIDE, (), _draw_wide, _one(gelu), _define_gelu),

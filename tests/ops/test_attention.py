@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megads.ops import attention_cuda
-from megads.ops.attention import ATTENTION, attention
-from megads.ops.attention_call import Call, Dropout, whole
+from megads.ops.attention import ATTENTION, AttentionResult, Merge, attention
+from megads.ops.attention_call import Call, Columns, Dropout, whole
 from megads.ops.registry import force
 
 torch.manual_seed(3)
@@ -22,6 +22,78 @@ def draw(
 
 def causal(ids: torch.Tensor | None = None, dropout: Dropout | None = None) -> Call:
     return Call(0.3, whole(6), whole(6), ids, dropout)
+
+
+CUTS: tuple[tuple[Columns, Columns], ...] = (
+    (whole(12), whole(12)),
+    ((range(2, 4), range(8, 10)), (range(2, 4), range(8, 10))),  # a zig-zag rank's own columns
+    ((range(2, 4), range(8, 10)), (range(2),)),
+    ((range(8, 10),), (range(2), range(4, 8))),
+    ((range(6, 7),), (range(5, 6),)),
+)
+
+
+@pytest.mark.parametrize(("queries", "keys"), CUTS)
+def test_rectangles_are_what_documents_leave_to_see(queries: Columns, keys: Columns) -> None:
+    """Against the definition over whole rows: same document, no later key."""
+    for seed in range(20):
+        draw_from = torch.Generator().manual_seed(seed)
+        begins = torch.rand(3, 12, generator=draw_from) < (0.0, 0.1, 0.3, 0.9)[seed % 4]
+        ids = begins.cumsum(1)
+        call = Call(1.0, queries, keys, ids)
+        rows, columns = (torch.cat([torch.arange(p.start, p.stop) for p in part]) for part in (queries, keys))
+        wanted = (ids[:, rows, None] == ids[:, None, columns]) & (columns <= rows[:, None])
+        assert torch.equal(call.visible(torch.device("cpu"))[:, 0], wanted)
+        found = torch.zeros_like(wanted)
+        for part in call.rectangles:
+            block = found[part.rows, part.queries, part.keys]
+            assert not block.any()
+            block += torch.ones_like(block).tril() if call.is_causal else True
+        assert torch.equal(found, wanted)
+        assert call.is_dense == torch.equal(wanted, (columns <= rows[:, None]).expand_as(wanted))
+        assert call.is_empty == (not wanted.any())
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [(whole(4), whole(6)), ((range(4, 8),), (range(2, 5),)), ((range(4),), (range(4, 8),))],
+)
+def test_a_block_is_causal_or_full(queries: Columns, keys: Columns) -> None:
+    with pytest.raises(ValueError, match="neither causal nor full"):
+        Call(1.0, queries, keys)
+
+
+@pytest.mark.parametrize("name", ["flash_cpu", "plain"])
+def test_a_query_without_keys_is_nothing(name: str) -> None:
+    """No kernel says -inf by itself; anything else would count in a merge."""
+    q, k, v = (x.detach() for x in draw())
+    ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 8 + [1] * 4])
+    call = Call(0.3, (range(6, 12),), (range(6),), ids)
+    found = next(i for i in ATTENTION.implementations if i.name == name)
+    assert found.backward is not None
+    out, lse = found.run(q, k, v, call)
+    assert lse.isneginf().tolist() == [[[False] * 6] * 4, [[False] * 2 + [True] * 4] * 4]
+    assert not out[1, :, 2:].any()
+    dq, dk, dv = found.backward(q, k, v, call, out, lse, torch.ones_like(out))
+    assert all(bool(gradient.isfinite().all()) for gradient in (dq, dk, dv))
+    assert not dq[1, :, 2:].any()
+    assert not dv[0, :, :5].any()
+
+
+def test_merged_blocks_are_one_softmax_whatever_their_scale() -> None:
+    """Scores of 1e3 overflow exp: only their differences are ever taken to it."""
+    q, k, v = (x.detach() for x in draw())
+    later = (range(12, 18),)
+    parts = [(k, v), (k.flip(2) * 3, v * 2), (k * 0, v + 1)]
+    merge, call = Merge(q, v), Call(200.0, later, whole(6))
+    for keys, values in parts:
+        result = AttentionResult(*ATTENTION.pick(q, keys, values, call).run(q, keys, values, call))
+        merge.add(slice(None), result)
+    together = Call(200.0, (range(18, 24),), whole(18))
+    keys, values = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+    out, lse = ATTENTION.pick(q, keys, values, together).run(q, keys, values, together)
+    torch.testing.assert_close(merge.result().out, out, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(merge.result().lse, lse, rtol=1e-13, atol=0)
 
 
 def test_documents_have_bounds() -> None:
@@ -106,6 +178,28 @@ def test_gpu_calls_fit_torch_and_give_the_promised_shapes(
     assert (out.shape, out.dtype) == (q.shape, dtype)
     assert (lse.shape, lse.dtype) == ((2, 4, 6), torch.float32)
     assert [g.shape for g in found.backward(q, k, v, call, out, lse, dout)] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize(
+    "ids", [None, torch.tensor([[0] * 7 + [1] * 4, [0] * 11])], ids=["dense", "documents"]
+)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("cudnn", torch.bfloat16), ("flash", torch.bfloat16), ("efficient", torch.float32)]
+)
+def test_gpu_blocks_fit_torch(name: str, dtype: torch.dtype, ids: torch.Tensor | None) -> None:
+    """Blocks below the diagonal: fewer keys than queries, keys beside values in memory, out and lse of more keys."""
+    q, dout, out = (
+        torch.empty(6, 2, 4, 16, dtype=dtype, device="meta").permute(1, 2, 0, 3) for _ in range(3)
+    )
+    pair = torch.empty(5, 2, 2, 32, dtype=dtype, device="meta").permute(1, 2, 0, 3)
+    k, v = pair[..., :16], pair[..., 16:]
+    call = Call(0.25, (range(5, 11),), (range(5),), ids if name != "cudnn" else None)
+    found = next(i for i in attention_cuda.IMPLEMENTATIONS if i.name == name)
+    assert found.backward is not None
+    block, lse = found.run(q, k, v, call)
+    assert (block.shape, lse.shape) == (q.shape, (2, 4, 6))
+    gradients = found.backward(q, k, v, call, out, lse, dout)
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
 
 
 def test_backward_is_that_of_the_forward_whatever_is_forced_meanwhile() -> None:

@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 
 from megads.errors import LayoutError
-from megads.parallel.layout import AXES, Layout
+from megads.parallel.layout import AXES, Layout, sequence_unit
 
 LAYOUTS = tuple(
     Layout(tensor=t, context=c, data=d, pipeline=p)
@@ -104,3 +104,12 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
 
 def test_fit_leaves_the_rest_to_data_parallel() -> None:
     assert Layout.fit(12, tensor=2, pipeline=3).data == 2
+
+
+def test_the_sequence_unit_is_the_least_that_every_rank_can_share() -> None:
+    for context, tensor in itertools.product(range(1, 7), range(1, 7)):
+        chunks = 2 * context if context > 1 else 1
+        fitting = (
+            n for n in range(1, 200) if n % chunks == 0 and n % context == 0 and n // context % tensor == 0
+        )
+        assert sequence_unit(context=context, tensor=tensor) == next(fitting)
