@@ -160,7 +160,9 @@ def _read_template(path: Path) -> Template:
     table = _table(given, str(path), allowed=(*TEXT_KEYS, "roles"))
     given_roles = table.get("roles")
     if not isinstance(given_roles, Mapping) or not given_roles:
-        raise _wrong(path, "roles", given_roles, "a role or more, each with prefix, suffix, counts, aliases")
+        raise _wrong(
+            path, "roles", repr(given_roles), "a role or more, each with prefix, suffix, counts, aliases"
+        )
     roles = tuple(_role(path, str(name), value=value) for name, value in given_roles.items())
     names = [name for role in roles for name in (role.name, *role.aliases)]
     double = next((name for name in names if names.count(name) > 1), None)

@@ -114,8 +114,11 @@ class _Block:
     def place(self, row: int) -> Place:
         if row in self.whys:
             return Place(None, self.heads[row])
-        number = int(np.searchsorted(self.texts.records, row))  # above the limit
-        return Place(None, _head(self.texts.texts[number]))
+        document = int(np.searchsorted(self.texts.records, row))  # above the limit
+        num_texts = self.texts.num_texts
+        return Place(
+            None, _head(self.texts.texts[document if num_texts is None else int(num_texts[:document].sum())])
+        )
 
 
 def _batches(
@@ -240,7 +243,7 @@ def _as_text(column: pyarrow.LargeBinaryArray) -> pyarrow.LargeStringArray:
 
 
 def _head(value: pyarrow.Scalar) -> bytes:
-    return b"null" if not value.is_valid else value.as_buffer().slice(0, HEAD_BYTES).to_pybytes()
+    return b"null" if not value.is_valid else bytes(memoryview(value.as_buffer())[:HEAD_BYTES])
 
 
 @contextmanager
@@ -289,7 +292,9 @@ def _type_at(path: Path, schema: pyarrow.Schema, *, names: Sequence[str]) -> pya
                 f"{path}: no column {name!r}{where}",
                 found=", ".join(field.name for field in fields) or "none",
                 allowed="a name of these for --key, --columns or --chat-keys",
-                do="a dot in a name is written \\." if ".".join(names) in schema.names and depth else None,
+                do="a dot in a name is written \\."
+                if len(names) > 1 and ".".join(names) in schema.names
+                else None,
             )
         is_struct = pyarrow.types.is_struct(kind)
         fields = [kind.field(i) for i in range(kind.num_fields)] if is_struct else []
