@@ -16,6 +16,7 @@ from megads.assemble import (
     rules_data,
     rules_experts,
     rules_layout,
+    rules_memory,
     rules_optim,
     rules_schedule,
 )
@@ -27,6 +28,7 @@ RULES: tuple[Rule, ...] = (
     *rules_layout.RULES,
     *rules_context.RULES,
     *rules_schedule.RULES,
+    *rules_memory.RULES,
     *rules_experts.RULES,
     *rules_data.RULES,
     *rules_optim.RULES,

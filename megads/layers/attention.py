@@ -56,7 +56,7 @@ class SelfAttention(torch.nn.Module):
         )
         self.dropout = AttentionDropout(scope.child("dropout"), dropout, num_heads=heads)
 
-    def forward(self, x: Tensor, batch: Batch, origin: Origin | None = None) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, *, origin: Origin | None = None) -> Tensor:
         """With the origin of x, that is kept for the backward in its place."""
         if (batch.columns is None) != (self._context.size == 1):
             raise ValueError("attention wants the context-parallel part of whole rows: Batch.context_part")

@@ -66,7 +66,7 @@ class TransformerBlock(torch.nn.Module):
 
     def _attend(self, x: Tensor, batch: Batch) -> BlockOutput:
         origin = self._origin(self.attention_norm, x)
-        return BlockOutput((self.attention(self.attention_norm(x), batch, origin),))
+        return BlockOutput((self.attention(self.attention_norm(x), batch, origin=origin),))
 
     def _origin(self, norm: torch.nn.Module, x: Tensor) -> Origin | None:
         """What the layer behind a norm keeps in the place of its output; None: the output."""

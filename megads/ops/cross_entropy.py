@@ -67,7 +67,7 @@ def local_sums(logits: Tensor, labels: Tensor, *, maximum: Tensor, columns: Colu
         return LocalSums(exponentials, torch.zeros_like(maximum))
     for rows in _slices(real):
         shifted = real[rows].to(maximum.dtype) - maximum[rows, None]
-        torch.sum(shifted.exp_(), dim=-1, out=exponentials[rows])
+        exponentials[rows] = shifted.exp_().sum(dim=-1)
     mine, column = columns.locate(labels)
     label_logit = real.gather(1, column[:, None]).squeeze(1).to(maximum.dtype)
     return LocalSums(exponentials, torch.where(mine, label_logit, 0.0))

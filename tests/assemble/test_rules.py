@@ -46,6 +46,8 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "virtual_stages_fit_schedule": (["parallel.virtual_stages=2"], 1, "parallel.virtual_stages", ["2 with parallel.schedule one_f_one_b, which has 1", "interleaved"], ["parallel.schedule=interleaved"]),
     "schedule_file_fits_ranks": ([f"parallel.schedule={SCHEDULE_FILES}/right.txt", "batch.global=2"], 1, "parallel.schedule", ["2 stages on 2 ranks; parallel.pipeline is 1", "parallel.pipeline=2"], ["parallel.schedule=gpipe"]),
     "schedule_file_fits_batch": ([f"parallel.schedule={SCHEDULE_FILES}/right.txt", "parallel.pipeline=2"], 2, "batch.global", ["12 is 12 micro-batches a replica", "schedule of 2"], ["batch.global=2"]),
+    "recompute_layers_are_recomputed": (["parallel.recompute_layers=2"], 1, "parallel.recompute_layers", ["2 with parallel.recompute none"], ["parallel.recompute=[norm]"]),
+    "recompute_layers_are_there": (["parallel.recompute_layers=3", "parallel.recompute=full"], 1, "parallel.recompute_layers", ["3 of each stage; model.layers 2", "at most 2"], ["parallel.recompute_layers=2"]),
     "sequence_fills_tensor": (["parallel.sequence=true", "parallel.tensor=3"], 3, "data.sequence_length", ["8 / parallel.tensor 3 = 2.66667", "6 or 9"], ["data.sequence_length=9"]),
     "sequence_fills_context": (["parallel.context=3", "parallel.sequence=true", "parallel.tensor=2"], 6, "data.sequence_length", ["8; 8 / (2 x parallel.context 3) = 1.33333", "6 or 12"], ["data.sequence_length=12"]),
     "heads_fill_context": (["parallel.context=4", "parallel.context_kind=ulysses"], 4, "parallel.context", ["6 / parallel.tensor 1 / 4 = 1.5 heads", "1, 2, 3, 6"], ["parallel.context_kind=ring"]),
