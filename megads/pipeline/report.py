@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megads.errors import ScheduleError
-from megads.pipeline.action import Schedule
+from megads.pipeline.action import Schedule, check_counts
 from megads.pipeline.closed_form import Sizes, Work
 from megads.pipeline.render import svg, text_grid
 from megads.pipeline.schedules import SCHEDULES, build, recipe_of
@@ -43,12 +43,14 @@ class _Case:
     Args:
         slices: the costs as they were given: one for every rank alike, or one a slice of the model.
         peaks: for each rank the most activations held, in micro-batches of a rank.
+        is_ideal: whether messages cost nothing and overlapped pairs gain nothing, as closed forms assume.
     """
 
     name: str
     timeline: Timeline
     slices: tuple[_Slice, ...]
     peaks: tuple[float, ...]
+    is_ideal: bool
 
     @property
     def parameters_held(self) -> float:
@@ -169,7 +171,8 @@ def _case(schedule: Schedule, arguments: argparse.Namespace, slices: tuple[_Slic
     share = schedule.num_ranks / schedule.num_stages  # of a rank's activations, in one stage
     num_stages = schedule.num_stages
     held = Held((share,) * num_stages, (share * arguments.kept,) * num_stages)
-    return _Case(schedule.name, timeline, slices, peak_held(schedule, held))
+    is_ideal = (arguments.latency, arguments.transfer, arguments.overlap) == (0.0, 0.0, 1.0)
+    return _Case(schedule.name, timeline, slices, peak_held(schedule, held), is_ideal)
 
 
 def _find(arguments: argparse.Namespace) -> Schedule:
@@ -236,7 +239,7 @@ def _describe(case: _Case, *, is_named: bool) -> str:
         f"no barrier   {timeline.bubble_fraction_without_barrier:.1%}, {timeline.longest_span:g} a step",
     ]
     if is_named and len(case.slices) == 1:
-        lines.append(_closed_form_text(case))
+        lines.append(_closed_form_text(case) if case.is_ideal else _NO_CLOSED_FORM)
     lines += [
         f"live peak    {' '.join(f'{peak:g}' for peak in case.peaks)} micro-batches of a rank, rank by rank",
         f"parameters   {case.parameters_held:g} x a rank's share of the model",
@@ -262,7 +265,7 @@ def _range_text(values: Sequence[float]) -> str:
 
 
 def _closed_form_text(case: _Case) -> str:
-    """The published bubble beside the simulated one; it knows neither messages nor gains of overlap."""
+    """The published bubble beside the simulated one."""
     schedule, (one,) = case.timeline.schedule, case.slices
     recipe = SCHEDULES[case.name]
     sizes = Sizes(schedule.num_ranks, schedule.num_micro_batches, schedule.num_chunks)
@@ -274,12 +277,15 @@ def _closed_form_text(case: _Case) -> str:
     return f"closed form  {fraction:.1%} without barrier, {recipe.bubble_formula} = {bubble:g}"
 
 
+_NO_CLOSED_FORM = "closed form  none: --latency, --transfer and --overlap are not in it"
+
 _COLUMNS = ("schedule", "chunks", "step", "bubble", "no barrier", "bubble", "peak", "parameters", "notes")
 
 
 def _compare(arguments: argparse.Namespace, slices: tuple[_Slice, ...]) -> str:
     """The table of all schedules for the user's numbers."""
     _check_counts_given(arguments)
+    check_counts(arguments.stages, arguments.micro_batches)
     if arguments.save is not None:
         raise ScheduleError("--save writes one schedule", found=f"schedule {ALL}", allowed="a name")
     rows, grids = [_COLUMNS], []
@@ -293,8 +299,7 @@ def _compare(arguments: argparse.Namespace, slices: tuple[_Slice, ...]) -> str:
                 num_chunks=num_chunks,
             )
         except ScheduleError as error:
-            reason = " ".join(line.strip() for line in str(error).splitlines())
-            rows.append((name, str(num_chunks), *("-",) * 6, reason))
+            rows.append((name, str(num_chunks), *("-",) * 6, " ".join(str(error).split())))
             continue
         case = _case(schedule, arguments, slices)
         rows.append(_line(case, recipe.note))
