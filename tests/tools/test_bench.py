@@ -28,3 +28,15 @@ def test_a_benchmark_ends_with_its_table(module: str, lines: tuple[str, ...]) ->
     assert "torch " in table
     missing = [line for line in lines if line not in table]
     assert not missing, table
+
+
+@pytest.mark.slow
+def test_several_ranks_end_with_their_tables(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.bench.multi_gpu", "--nproc", "2", "--tiny"]
+    command += ["--only", "2", "--save", str(tmp_path / "collectives.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("collective, bus GB/s by MiB", "all_to_all", "DP2 ZeRO-1", "PP2 gpipe", "predicted ms"):
+        assert line in done.stdout
+    assert "failed" not in done.stdout
+    assert (tmp_path / "collectives.json").stat().st_size > 1000
