@@ -1,0 +1,143 @@
+"""Promise 1 under context parallelism: sequences cut over ranks, every kind, with everything else that cuts a model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from megads.data import sequence
+from megads.data.sequence import Batch
+from megads.layers import dropout
+from megads.parallel.mesh import Mesh
+from tests.parity.harness import Case, Model, Outcome, gradient_error, run_case
+from tests.parity.test_layouts import check_against
+
+SEQ = 12
+MODELS = {
+    "gpt": Model("gpt", layers=2, seq=SEQ),  # learned positions
+    "packed": Model("llama", layers=2, seq=SEQ, documents=True),  # rotary, 4 key/value heads, documents
+    "dropout": Model("gpt", layers=2, seq=SEQ, documents=True, dropout=0.1),
+    "mqa": Model("llama", layers=2, seq=SEQ, dropout=0.1, kv_heads=1),
+}
+CASES = (
+    ("gpt", Case(context=2, micro=4)),
+    ("dropout", Case(context=3, micro=4)),
+    ("packed", Case(context=2, micro=4, context_kind="ulysses")),
+    ("mqa", Case(context=2, micro=7, context_kind="all_gather")),
+    ("packed", Case(context=2, tensor=2, micro=7, sequence=True, recompute="full")),
+    ("dropout", Case(context=2, tensor=2, micro=7, sequence=True, context_kind="ulysses")),
+    ("gpt", Case(context=2, pipeline=2, micro=4, context_kind="all_gather", recompute=("attention",))),
+    ("packed", Case(context=2, data=2, micro=7, zero=1, bucket=3000)),
+    ("dropout", Case(context=2, tensor=2, pipeline=2, micro=7, sequence=True, recompute="full")),
+)
+MORE = tuple(
+    (name, Case(context=context, micro=4, context_kind=kind, recompute=recompute))
+    for name in MODELS
+    for context, kinds in ((2, ("ring", "ulysses", "all_gather")), (3, ("ring", "all_gather")))
+    for kind in kinds
+    for recompute in ("none", "full")
+) + tuple(
+    (name, Case(context=2, tensor=2, pipeline=2, micro=2, zero=1, sequence=True, context_kind=kind))
+    for name, kind in (("dropout", "ring"), ("packed", "ulysses"), ("gpt", "all_gather"))
+)
+
+
+@functools.cache
+def reference(name: str) -> Outcome:
+    return run_case(MODELS[name], Case(micro=28), precision="fp64", steps=2)
+
+
+def check(name: str, case: Case) -> None:
+    exact = run_case(MODELS[name], case, precision="fp64", steps=2)
+    check_against(reference(name), exact, loss_bound=1e-12, gradient_bound=1e-12)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}-{case}" for name, case in CASES])
+def test_cutting_rows_changes_nothing(name: str, case: Case) -> None:
+    check(name, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "case"), MORE, ids=[f"{name}-{case}" for name, case in MORE])
+def test_every_kind_of_every_model(name: str, case: Case) -> None:
+    check(name, case)
+    rounded = run_case(MODELS[name], case, precision="fp32", steps=2)
+    check_against(reference(name), rounded, loss_bound=1e-6, gradient_bound=1e-5)
+
+
+def _positions_restart(mesh: Mesh) -> None:
+    """Every rank counts positions from the start of its own part."""
+    part = Batch.context_part
+
+    def local(batch: Batch, rank: int, size: int) -> Batch:
+        cut = part(batch, rank, size)
+        return sequence.replace(cut, positions=torch.arange(cut.tokens.shape[1]).expand_as(cut.tokens))
+
+    Batch.context_part = local  # type: ignore[method-assign]
+
+
+def _positions_are_one_off(mesh: Mesh) -> None:
+    part = Batch.context_part
+
+    def shifted(batch: Batch, rank: int, size: int) -> Batch:
+        cut = part(batch, rank, size)
+        return sequence.replace(cut, positions=(cut.positions + 1).clamp_max(SEQ - 1))
+
+    Batch.context_part = shifted  # type: ignore[method-assign]
+
+
+def _labels_are_of_the_part(mesh: Mesh) -> None:
+    """Labels are made from the local tokens: wrong where a chunk ends."""
+    part = Batch.context_part
+
+    def local(batch: Batch, rank: int, size: int) -> Batch:
+        cut = part(batch, rank, size)
+        labels = torch.cat((cut.tokens[:, 1:], cut.labels[:, -1:]), dim=1)
+        return sequence.replace(cut, labels=labels)
+
+    Batch.context_part = local  # type: ignore[method-assign]
+
+
+def _halves_are_neighbours(mesh: Mesh) -> None:
+    """Two ranks get the halves of a row, while attention believes in zig-zag chunks."""
+    part = Batch.context_part
+
+    def plain(batch: Batch, rank: int, size: int) -> Batch:
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            first, second, third, fourth = x.chunk(4, dim=1)
+            return torch.cat((first, third, fourth, second), dim=1)
+
+        fields = ("tokens", "labels", "mask", "positions")
+        return part(sequence.replace(batch, **{f: moved(getattr(batch, f)) for f in fields}), rank, size)
+
+    Batch.context_part = plain  # type: ignore[method-assign]
+
+
+def _dropout_by_local_column(mesh: Mesh) -> None:
+    keep = dropout.keep_mask
+
+    def local(**kwargs: object) -> torch.Tensor:
+        rows = kwargs["rows"]
+        assert isinstance(rows, torch.Tensor)
+        return keep(**{**kwargs, "rows": torch.arange(rows.numel()).view(rows.shape)})  # type: ignore[arg-type]
+
+    dropout.keep_mask = local  # type: ignore[assignment]
+
+
+MUTATIONS = (
+    ("gpt", _positions_restart),
+    ("gpt", _positions_are_one_off),
+    ("packed", _positions_restart),
+    ("gpt", _labels_are_of_the_part),
+    ("gpt", _halves_are_neighbours),
+    ("dropout", _dropout_by_local_column),
+)
+
+
+@pytest.mark.parametrize(("name", "mutation"), MUTATIONS, ids=[f"{n}-{m.__name__}" for n, m in MUTATIONS])
+def test_a_wrong_cut_is_seen(name: str, mutation: Callable[[Mesh], None]) -> None:
+    got = run_case(MODELS[name], Case(context=2, micro=14), precision="fp64", steps=1, before=mutation)
+    assert max(gradient_error(got, reference(name)).values()) > 1e-3
