@@ -20,6 +20,7 @@ from megads.errors import ConfigError
 from megads.layers.context import Row
 from megads.ops.activation import gelu, swiglu
 from megads.ops.attention import ATTENTION, attention
+from megads.ops.grouped import LINEAR, add_grouped_product_, grouped_linear
 from megads.ops.norm import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 from megads.ops.registry import Op, force
 from megads.ops.rope import rotary, rotary_angles
@@ -217,6 +218,43 @@ def _define_swiglu(x: Tensor) -> tuple[Tensor]:
     return (gate / (1 + (-gate).exp()) * up,)
 
 
+class _Grouped(torch.autograd.Function):
+    """The op's two products as the one differentiable function that layers make of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, counts)
+        return grouped_linear(x, weight, counts=counts)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, counts = ctx.saved_tensors
+        total = torch.zeros_like(weight)
+        add_grouped_product_(total, dy=dy, x=x, counts=counts)
+        return grouped_linear(dy, weight.mT, counts=counts), total, None
+
+
+def _draw_grouped(shape: Shape) -> tuple[Tensor, ...]:
+    width, out, *counts = shape.sizes
+    x = torch.randn(sum(counts), width, dtype=torch.float64)
+    return x, torch.randn(len(counts), out, width, dtype=torch.float64) / width**0.5, torch.tensor(counts)
+
+
+def _define_grouped(x: Tensor, weight: Tensor, counts: Tensor) -> tuple[Tensor]:
+    groups = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
+    return (torch.einsum("ri,roi->ro", x, weight[groups]),)
+
+
+GROUPED_SHAPES = (
+    Shape((8, 16, 3, 0, 5)), Shape((16, 8, 1)), Shape((64, 48, 0, 0, 7, 1)), Shape((32, 32, 0, 0)),
+    Shape((5, 3, 2, 2)), Shape((16, 16, 4, 9), is_offset=True),
+)  # fmt: skip
+GROUPED_LARGE = (
+    Shape((256, 512, 100, 0, 333, 1, 78)),
+    Shape((2048, 1408, *(37 * n % 211 for n in range(16)))),
+)
+
+
 def _one(function: Callable[..., Tensor], **options: Any) -> Callable[..., tuple[Tensor]]:
     return lambda *inputs: (function(*inputs, **options),)
 
@@ -234,6 +272,8 @@ SUBJECTS = (
     Subject("gathered", ATTENTION, RING_SHAPES, RING_LARGE, _draw_attention, _run_gathered, _define_attention),
     Subject("rotary", None, (Shape((2, 3, 5, 8)), Shape((1, 1, 9, 2))), (Shape((2, 4, 300, 128)),),
             _draw_rotary, _run_rotary, _define_rotary),
+    Subject("grouped", LINEAR, GROUPED_SHAPES, GROUPED_LARGE,
+            _draw_grouped, lambda *inputs: (_Grouped.apply(*inputs),), _define_grouped),
     Subject("gelu", None, _WIDE, (), _draw_wide, _one(gelu), _define_gelu),
     Subject("swiglu", None, _WIDE, (), _draw_wide, _one(swiglu), _define_swiglu),
 )  # fmt: skip
