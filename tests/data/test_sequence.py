@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megads.data.sequence import Batch, Packing, Span, pack
-from megads.errors import DataError
+from megads.data.sequence import Batch, Packing, Span, context_columns, pack
+from megads.errors import DataError, LayoutError
 
 EOD = 9
 
@@ -75,3 +75,56 @@ def test_rows_and_to_keep_every_field() -> None:
 def test_eod_mask_loss_without_eod_is_refused() -> None:
     with pytest.raises(DataError, match="eod_mask_loss"):
         Packing(vocab_size=10, eod_mask_loss=True)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_context_parts_are_a_row_with_equal_causal_work(size: int) -> None:
+    length = 24
+    parts = [context_columns(rank, size=size, length=length) for rank in range(size)]
+    owned = [[column for part in rank for column in part] for rank in parts]
+    assert sorted(column for rank in owned for column in rank) == list(range(length))
+    assert all(rank == sorted(rank) for rank in owned)
+    assert len({sum(column + 1 for column in rank) for rank in owned}) == 1  # keys that a rank's queries see
+
+
+def test_a_context_part_keeps_what_belongs_together() -> None:
+    row = [span(*range(1, 14), starts=(3, 4, 9))]
+    batch = packed(row, [span(*range(20, 33))], length=12, document_mask=True)
+    fields = ("tokens", "labels", "mask", "positions")
+    whole = torch.stack([getattr(batch, field).flatten() for field in fields], dim=1).tolist()
+    seen = []
+    for rank in range(3):
+        part = batch.context_part(rank, 3)
+        assert part.columns is not None
+        assert part.columns.tolist() == [2 * rank, 2 * rank + 1, 10 - 2 * rank, 11 - 2 * rank]
+        assert torch.equal(part.places, part.columns)
+        assert part.tokens.tolist() == batch.tokens[:, part.columns].tolist()
+        assert part.tokens.is_contiguous()
+        assert all(getattr(part, field).shape == (2, 4) for field in fields)
+        seen += torch.stack([getattr(part, field).flatten() for field in fields], dim=1).tolist()
+        assert part.document_ids is batch.document_ids  # whole: other ranks' documents decide what is seen
+        one = part.rows(1, 2)
+        assert one.columns is part.columns
+        assert one.document_ids is not None
+        assert one.document_ids.shape == (1, 12)
+        assert (part.samples.tolist(), part.step) == ([4, 5], 7)
+    assert sorted(seen) == sorted(whole)
+
+
+def test_rows_are_cut_once_and_evenly() -> None:
+    batch = packed([span(*range(13))], length=12)
+    assert batch.context_part(0, 1) is batch
+    assert batch.places.tolist() == list(range(12))
+    with pytest.raises(LayoutError, match="12 tokens") as caught:
+        batch.context_part(0, 4)
+    assert "2 x 4" in str(caught.value)
+    with pytest.raises(LayoutError, match="twice"):
+        batch.context_part(0, 2).context_part(0, 2)
+
+
+def test_document_ids_stay_on_the_host() -> None:
+    batch = packed([span(*range(7))], document_mask=True).context_part(1, 3).to(torch.device("meta"))
+    assert batch.document_ids is not None
+    assert batch.columns is not None
+    assert batch.document_ids.device.type == "cpu"
+    assert {x.device.type for x in (batch.tokens, batch.mask, batch.samples, batch.columns)} == {"meta"}

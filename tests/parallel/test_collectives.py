@@ -16,6 +16,7 @@ from megads.parallel.collectives import (
     gather_last,
     reduce_from,
     reduce_scatter_,
+    start_shift,
 )
 from megads.parallel.control import Control
 from megads.parallel.layout import AXES, Layout
@@ -62,6 +63,25 @@ def test_conjugate_pairs_against_one_process() -> None:
         assert reduced == [2 * 3.0 * 1 * (rank + 1), 2 * 3.0 * 2 * (rank + 1)]
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_shift_brings_the_tensor_of_the_rank_before(size: int) -> None:
+    """Several at once, one of them answered late: results are told apart by their order."""
+
+    def work(rank: int, size: int) -> Any:
+        group = build_mesh(Layout(data=size), rank).group("dp")
+        first, second = torch.full((4,), float(rank)), torch.full((2, 2), 10.0 * rank, dtype=torch.float64)
+        pending = start_shift(first, group), start_shift(second, group)
+        once = pending[0].wait()
+        twice = start_shift(once, group).wait()
+        with pytest.raises(ValueError, match="contiguous"):
+            start_shift(second.expand(3, 2, 2)[:, 0], group)
+        return [x.flatten()[0].item() for x in (once, twice, pending[1].wait())]
+
+    for rank, found in enumerate(run_ranks(work, size)):
+        before, earlier = (rank - 1) % size, (rank - 2) % size
+        assert found == [before, earlier, 10.0 * before]
+
+
 def test_strided_memory_is_refused() -> None:
     """gloo would reduce the wrong elements of a strided view without a word."""
 
@@ -84,6 +104,7 @@ def test_a_group_of_one_is_the_identity_without_torch_distributed() -> None:
         assert copy_to(x, group) is x
         assert reduce_from(x, group) is x
         assert gather_last(x, group) is x
+        assert start_shift(x, group).wait() is x
 
 
 def test_every_layout_of_eight_ranks_builds_its_groups() -> None:
