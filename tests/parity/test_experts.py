@@ -60,7 +60,12 @@ CAPACITY = Model(
         "capacity": 1.0, "z_loss": 0.1, "init_std": 0.1,
     },
 )  # fmt: skip
-MODELS = {"sequence": SEQUENCE, "bias": BIAS, "capacity": CAPACITY}
+MODELS = {
+    "sequence": SEQUENCE,
+    "bias": BIAS,
+    "capacity": CAPACITY,
+    "context": replace(SEQUENCE, seq=12, overrides={**SEQUENCE.overrides, "capacity": 1.0}),
+}
 
 CASES = (
     ("sequence", Case(micro=4)),
@@ -79,6 +84,8 @@ CASES = (
         Case(data=4, expert=2, expert_tensor=2, micro=7),
     ),  # an expert's halves on data-parallel neighbours
     ("bias", Case(tensor=2, data=2, expert=4, expert_tensor=1, micro=2, sequence=True, zero=1)),
+    ("context", Case(context=2, expert=2, micro=4)),
+    ("context", Case(context=2, tensor=2, expert=2, micro=7, sequence=True, context_kind="ulysses")),
     ("capacity", Case(tensor=2, micro=4)),
     ("capacity", Case(tensor=4, expert=4, expert_tensor=1, micro=7)),
     ("capacity", Case(data=2, expert=2, micro=2, zero=1, recompute="full")),
@@ -99,7 +106,7 @@ def test_layout_changes_nothing(name: str, case: Case) -> None:
     assert all(torch.equal(expected.initial[n], got.initial[n]) for n in expected.initial)
     assert got.losses == pytest.approx(expected.losses, rel=1e-12)
     assert got.norms == pytest.approx(expected.norms, rel=1e-11)
-    errors = gradient_error(got.gradients, expected.gradients)
+    errors = gradient_error(got, expected)
     worst = max(errors, key=lambda n: errors[n])
     assert errors[worst] <= 1e-12, f"{worst}: {errors[worst]:.2e}"
     biases = [n for n in expected.final if n.endswith("router.bias")]
@@ -120,7 +127,7 @@ def test_float32_stays_close(name: str) -> None:
     got = run_case(MODELS[name], case, precision="fp32", steps=2)
     expected = reference(name)
     assert got.losses == pytest.approx(expected.losses[:2], rel=1e-6)
-    errors = gradient_error(got.gradients, expected.gradients)
+    errors = gradient_error(got, expected)
     assert max(errors.values()) <= 1e-5
 
 
@@ -285,4 +292,4 @@ def test_broken_code_is_seen(name: str, mutation: Callable[[Mesh], None], case: 
     except AssertionError as error:
         assert "ranks disagree" in str(error) or "missing or written twice" in str(error)
     else:
-        assert max(gradient_error(got.gradients, reference(name).gradients).values()) > 1e-4
+        assert max(gradient_error(got, reference(name)).values()) > 1e-4
