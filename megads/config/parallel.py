@@ -43,7 +43,8 @@ class ParallelConfig:
     `python -m megads schedule NAME` draws it."""
     recompute: Literal["none", "full"] | tuple[LayerPart, ...] = "none"
     """What is computed again in the backward instead of kept: nothing, whole layers, or the named parts of each:
-    attention or mlp (the branch with its norm and its products), norm or activation (cheap: no product runs twice)."""
+    attention or mlp (the branch with its norm and its products), norm or activation (cheap: no product runs twice;
+    the norm before experts is kept)."""
     recompute_layers: PositiveInt | None = None
     """In how many layers of each stage, its first ones; null: in all of them."""
     offload: bool = False

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megads.layers.dispatch import Dispatch
+from megads.layers.recompute import Origin
 from megads.layers.router import MoESpec, Routing
 from megads.ops.activation import swiglu
 from megads.ops.grouped import add_grouped_product_, grouped_linear
@@ -30,23 +31,27 @@ class _GroupedLinear(torch.autograd.Function):
     """The weight is kept as an attribute: under recompute a saved tensor comes back as another object."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, queue: WeightQueue) -> Tensor:
-        ctx.save_for_backward(x, counts)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, queue: WeightQueue, origin: Origin | None
+    ) -> Tensor:
+        ctx.save_for_backward(x if origin is None else origin.source.detach(), counts)
+        ctx.function = None if origin is None else origin.function
         ctx.weight, ctx.queue = weight, queue
         return grouped_linear(x, weight, counts=counts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, counts = ctx.saved_tensors
-        weight, dy = ctx.weight, gradients[0].contiguous()
+        kept, counts = ctx.saved_tensors
+        weight, function, dy = ctx.weight, ctx.function, gradients[0].contiguous()
         with torch.no_grad():
             dx = grouped_linear(dy, weight.mT, counts=counts)
 
             def weight_gradient() -> None:
+                x = kept if function is None else function(kept)
                 add_grouped_product_(gradient_of(weight), dy=dy, x=x, counts=counts)
 
             ctx.queue.put(weight_gradient, weight)
-            return dx, None, None, None
+            return dx, None, None, None, None
 
 
 class Experts(torch.nn.Module):
@@ -54,12 +59,21 @@ class Experts(torch.nn.Module):
 
     Args:
         init_std, output_std: deviation of the initial input and output weights.
+        keeps_activation: whether the activation's output is kept for the backward, or made again.
     """
 
     def __init__(
-        self, scope: Scope, hidden: int, spec: MoESpec, *, init_std: float, output_std: float
+        self,
+        scope: Scope,
+        hidden: int,
+        spec: MoESpec,
+        *,
+        init_std: float,
+        output_std: float,
+        keeps_activation: bool = True,
     ) -> None:
         super().__init__()
+        self._keeps_activation = keeps_activation
         self._num_experts = spec.experts
         self._ep, self._etp = scope.mesh.group("ep"), scope.mesh.group("etp")
         self._queue = scope.queue
@@ -95,9 +109,9 @@ class Experts(torch.nn.Module):
     def _apply_experts(self, x: Tensor, experts: Tensor, gates: Tensor, *, is_whole: bool) -> Tensor:
         plan = Dispatch.plan(experts, self._ep, num_experts=self._num_experts, is_whole=is_whole)
         rows = plan.send(x)
-        inner = swiglu(self._product(rows, self.gate_up, plan.counts))
-        return plan.collect(self._product(inner, self.down, plan.counts), gates=gates)
+        inner = self._product(rows, self.gate_up, plan.counts)
+        origin = None if self._keeps_activation else Origin(swiglu, inner)
+        return plan.collect(self._product(swiglu(inner), self.down, plan.counts, origin), gates=gates)
 
-    def _product(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        y: Tensor = _GroupedLinear.apply(rows, weight, counts, self._queue)  # type: ignore[no-untyped-call]
-        return y
+    def _product(self, rows: Tensor, weight: Tensor, counts: Tensor, origin: Origin | None = None) -> Tensor:
+        return _GroupedLinear.apply(rows, weight, counts, self._queue, origin)  # type: ignore[no-untyped-call,no-any-return]

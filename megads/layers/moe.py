@@ -44,16 +44,32 @@ class MixtureOfExperts(torch.nn.Module):
     Args:
         row: number of the layer among those with experts.
         init_std, output_std: deviation of the initial input and output weights.
+        keeps_activation: whether the activation's output is kept for the backward, or made again.
     """
 
     def __init__(
-        self, scope: Scope, hidden: int, spec: MoESpec, *, row: int, init_std: float, output_std: float
+        self,
+        scope: Scope,
+        hidden: int,
+        spec: MoESpec,
+        *,
+        row: int,
+        init_std: float,
+        output_std: float,
+        keeps_activation: bool = True,
     ) -> None:
         super().__init__()
         self._mesh = scope.mesh
         self._is_cut = scope.sequence_parallel
         self.router = Router(scope.child("router"), hidden, spec, row=row, init_std=init_std)
-        self.experts = Experts(scope.child("experts"), hidden, spec, init_std=init_std, output_std=output_std)
+        self.experts = Experts(
+            scope.child("experts"),
+            hidden,
+            spec,
+            init_std=init_std,
+            output_std=output_std,
+            keeps_activation=keeps_activation,
+        )
         self.shared = (
             SwiGLUMLP(
                 scope.child("shared"),
@@ -62,6 +78,7 @@ class MixtureOfExperts(torch.nn.Module):
                 init_std=init_std,
                 output_std=output_std,
                 has_bias=False,
+                keeps_activation=keeps_activation,
             )
             if spec.shared_ffn
             else None

@@ -228,7 +228,13 @@ def make_mlp(
     if spec.moe is not None and number in spec.expert_layers:
         row = spec.expert_layers.index(number)
         return MixtureOfExperts(
-            scope, spec.hidden, spec.moe, row=row, init_std=spec.init_std, output_std=output_std
+            scope,
+            spec.hidden,
+            spec.moe,
+            row=row,
+            init_std=spec.init_std,
+            output_std=output_std,
+            keeps_activation=not memory.recomputes("activation"),
         )
     return (GeluMLP if spec.activation == "gelu" else SwiGLUMLP)(
         scope,

@@ -84,6 +84,7 @@ CASES = (
         Case(data=4, expert=2, expert_tensor=2, micro=7),
     ),  # an expert's halves on data-parallel neighbours
     ("bias", Case(tensor=2, data=2, expert=4, expert_tensor=1, micro=2, sequence=True, zero=1)),
+    ("bias", Case(pipeline=2, micro=4, schedule="zbv", chunks=2, recompute=("norm", "activation"))),
     ("context", Case(context=2, expert=2, micro=4)),
     ("context", Case(context=2, tensor=2, expert=2, micro=7, sequence=True, context_kind="ulysses")),
     ("capacity", Case(tensor=2, micro=4)),
