@@ -48,7 +48,7 @@ def line_blocks(
     """
     offset = start  # of the first byte that is given to nobody yet
     if start > 0:
-        rest = _skip_line(stream, block_bytes)
+        rest = _skip_line(stream, block_bytes, most=None if stop is None else stop - start)
         ahead, offset = rest.content, start - 1 + rest.skipped
     else:
         ahead = stream.read(len(BYTE_ORDER_MARK))
@@ -90,11 +90,14 @@ class _Rest:
     has_line_feed: bool
 
 
-def _skip_line(stream: ByteStream, block_bytes: int) -> _Rest:
+def _skip_line(stream: ByteStream, block_bytes: int, *, most: int | None = None) -> _Rest:
+    """Read past the next line feed, but not on once `most` bytes without one were read."""
     skipped = 0
     while chunk := stream.read(block_bytes):
         end = chunk.find(b"\n")
         if end >= 0:
             return _Rest(chunk[end + 1 :], skipped + end + 1, has_line_feed=True)
         skipped += len(chunk)
+        if most is not None and skipped > most:
+            break
     return _Rest(b"", skipped, has_line_feed=False)

@@ -15,7 +15,7 @@ from megads.data.archive import Archive, DamagedArchiveError
 from megads.data.record import Compression
 
 RANDOM = random.Random(0)
-CONTENT = b"".join(b"%d %s\n" % (i, RANDOM.randbytes(20).hex().encode()) for i in range(60_000))
+CONTENT = b"".join(b"%d %s\n" % (i, RANDOM.randbytes(20).hex().encode()) for i in range(30_000))
 
 
 def zstd(content: bytes) -> bytes:
