@@ -62,7 +62,8 @@ WITHOUT_TORCH = (
     "megads/assemble/rules*.py", "megads/assemble/finding.py", "megads/parallel/layout.py", "megads/parallel/shard.py",
     "megads/data/order.py", "megads/pipeline/action.py",
     "megads/pipeline/schedules.py", "megads/pipeline/text.py", "megads/pipeline/lower.py", "megads/pipeline/verify.py",
-    "megads/pipeline/simulate.py", "megads/pipeline/partition.py", "megads/pipeline/render.py", "megads/pipeline/report.py",
+    "megads/pipeline/simulate.py", "megads/pipeline/partition.py", "megads/pipeline/render.py",
+    "megads/pipeline/report.py", "megads/assemble/schedule.py",
     "tools/preprocess_data.py", "tools/train_tokenizer.py", "tools/inspect_checkpoint.py",
 )  # fmt: skip
 
