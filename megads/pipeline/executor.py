@@ -23,8 +23,8 @@ from torch import Tensor
 from megads.data.sequence import Batch
 from megads.parallel.collectives import all_reduce_
 from megads.parallel.mesh import Mesh
-from megads.pipeline.action import Action, Kind, Overlap, Schedule
-from megads.pipeline.stage import BlockOutput, Payload, Stage, Steps, Term, finish
+from megads.pipeline.action import Action, Kind, Schedule
+from megads.pipeline.stage import BlockOutput, Payload, Stage, Steps, Term
 from megads.pipeline.transport import Arrival, TensorSpec, Transport
 
 
@@ -90,6 +90,9 @@ class Executor:
         transport: to the pipeline's other ranks.
         payload: what crosses a stage boundary for a micro-batch of a given number of rows and sequence length.
         terms: of the loss, over all stages of the model.
+
+    Attributes:
+        peak_live: the most (stage, micro-batch) pairs that were alive at a time in the last run.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Executor:
         terms: tuple[Term, ...],
     ) -> None:
         self.terms = terms
+        self.peak_live = 0
         self._schedule = schedule
         self._row = schedule.rows[rank]
         self._stages = stages
@@ -128,12 +132,11 @@ class Executor:
             the extras of this rank's stages.
         """
         work = _Run(self, batch, seeds or {}, engine)
+        self.peak_live = 0
         for cell in self._row:
-            if isinstance(cell, Overlap):
-                for _ in zip_longest(*(work.steps(action) for action in cell.actions)):
-                    pass
-            else:
-                finish(work.steps(cell))
+            for _ in zip_longest(*(work.steps(action) for action in cell.actions)):
+                live = sum(stage.num_live for stage in self._stages.values())
+                self.peak_live = max(self.peak_live, live)
         self._transport.drain()
         return work.totals
 

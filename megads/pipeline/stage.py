@@ -99,12 +99,12 @@ class Stage:
         self._parts = tuple((block,) for block in blocks) if in_steps else (self.blocks,)
         self._queue = queue
         self._saved: dict[int, list[_Saved]] = {}
-        self._half_done: set[int] = set()
+        self._live: set[int] = set()
 
     @property
     def num_live(self) -> int:
-        """Micro-batches whose backward, or the weights' part of it, is still to come."""
-        return len(self._saved) + len(self._half_done)
+        """Micro-batches whose forward has begun and whose backward, or the weights' part of it, has not ended."""
+        return len(self._live)
 
     def forward(self, payload: Payload, batch: Batch, *, micro_batch: int) -> BlockOutput:
         """Run the blocks. With gradients enabled, remember what `backward` of this micro-batch needs.
@@ -117,6 +117,8 @@ class Stage:
     def forward_steps(self, payload: Payload, batch: Batch, *, micro_batch: int) -> Steps[BlockOutput]:
         """`forward`, step by step."""
         keeping = torch.is_grad_enabled()
+        if keeping:
+            self._live.add(micro_batch)
         saved: list[_Saved] = []
         extras: list[Extra] = []
         for part in self._parts:
@@ -159,8 +161,8 @@ class Stage:
         Args:
             done: is told each parameter of `waiting` as its gradient is complete.
         """
-        self._half_done.remove(micro_batch)
         self._queue.run(self.number, micro_batch, done=done)
+        self._live.remove(micro_batch)
 
     def waiting(self, *, micro_batch: int) -> tuple[Tensor, ...]:
         """The parameters whose gradients `backward_weight` will add to."""
@@ -176,8 +178,6 @@ class Stage:
     ) -> Steps[Payload]:
         """`backward`, or with `defers` `backward_input`, step by step."""
         parts = self._saved.pop(micro_batch)
-        if defers:
-            self._half_done.add(micro_batch)
         while parts:
             saved = parts.pop()
             roots = [*saved.edges, *(get_gradient_edge(e.sum) for e in saved.extras)]
@@ -187,4 +187,6 @@ class Stage:
             gradients = tuple(t.grad for t in saved.inputs if t.grad is not None)
             del saved, roots, flows
             yield
+        if not defers:
+            self._live.remove(micro_batch)
         return gradients
