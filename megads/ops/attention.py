@@ -104,9 +104,9 @@ class Merge:
     def add(self, queries: slice, block: AttentionResult) -> None:
         """Take in the attention of `queries` to keys that were not there before."""
         out, lse = self._out[:, :, queries], self._lse[:, :, queries]
-        together = torch.logaddexp(lse, block.lse)
-        out.mul_((lse - together).exp()[..., None]).add_(block.out * (block.lse - together).exp()[..., None])
-        lse.copy_(together)
+        share = torch.sigmoid(block.lse - lse)  # exp(block.lse) / (exp(lse) + exp(block.lse))
+        out.lerp_(block.out.to(out.dtype), share[..., None])
+        lse.copy_(torch.logaddexp(lse, block.lse))
 
     def result(self) -> AttentionResult:
         """Attention to all keys so far, out in the dtype of the queries."""
