@@ -112,6 +112,7 @@ class BuildKernels(build_ext):
 
 
 EXTRAS = (
+    ("fast", ("gigatoken>=0.10,<0.11",)),
     ("hf", ("safetensors>=0.4", "transformers>=5")),
     ("tensorboard", ("tensorboard>=2.16",)),
     ("mpi", ("mpi4py>=4", "mpich>=4")),

@@ -1,14 +1,16 @@
 """A corpus: PREFIX.bin/.idx, its manifest PREFIX.json, and where each document came from, PREFIX.src.
 
-Lives here: opening, fingerprinting, writing and shuffling a corpus. Does not live here: the format of
-.bin/.idx (indexed), the order of training (order, blend), reading documents (source).
+Lives here: opening and fingerprinting a corpus. Does not live here: the format of .bin/.idx (indexed), writing a
+corpus (corpus_writer), the order of training (order, blend), reading documents (unit).
 
     PREFIX.bin .idx   Megatron's format; enough by themselves: a corpus without manifest is legal
-    PREFIX.json       counts, text bytes, tokenizer, special token policy, seed, hashes, fingerprint
+    PREFIX.mask       chat data: one uint8 a token, 1 where it counts in the loss as a label
+    PREFIX.json       counts, text bytes, tokenizer, engine, options, sources, hashes, fingerprint
     PREFIX.src        0   magic b"MGDSSRC1"
                       8   num_documents u64, num_files u64
                       24  num_documents x (file u64, record u64)    record: line or row from 1
-                          num_files x (size u64, UTF-8 name)
+                          num_files x (length u64, UTF-8 name)
+                          num_files x (size u64, BLAKE3 32 bytes)   absent in older files
 
 The fingerprint hashes the sizes and `NUM_SAMPLES` evenly spaced blocks of both files: milliseconds at any
 size, the same with and without a manifest. `Corpus.verify` reads every byte.
@@ -20,8 +22,8 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,17 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from megads.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, sync_folder
-from megads.data.order import Permutation
+from megads.data.fixed_file import FixedFile
+from megads.data.indexed import IndexedReader, bin_path, idx_path, mask_path, sync_folder
 from megads.errors import DataError
 
-FORMAT = "megads-corpus-1"
+FORMAT = "megads-corpus-2"
+READABLE_FORMATS = ("megads-corpus-1", FORMAT)
 SOURCE_MAGIC = b"MGDSSRC1"
 SOURCE_HEADER = struct.Struct("<8sQQ")
 SOURCE_DTYPE = np.dtype([("file", "<u8"), ("record", "<u8")])
 NUM_SAMPLES = 128
 SAMPLE_SIZE = 4096
-SHUFFLE_BLOCK = 1024
-"""Documents that are moved at once when a corpus is shuffled."""
 
 logger = logging.getLogger("megads.data")
 
@@ -72,8 +73,31 @@ class Manifest:
     bad: tuple[str, ...]
     """The first of them: file:record and why."""
     hashes: Mapping[str, str]
-    """BLAKE3 of the .bin and the .idx."""
+    """BLAKE3 of the .bin, the .idx and for chat data the .mask."""
     fingerprint: str
+    num_filtered: int = 0
+    """Documents left out for their length (all parts of a split together)."""
+    num_duplicates: int = 0
+    """Documents left out because an earlier one had the same text."""
+    longest: int = 0
+    """Tokens of the longest document."""
+    engine: str = ""
+    """The library that made the ids, and its version."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """How records were read and what else was asked for."""
+    sources: tuple[Mapping[str, Any], ...] = ()
+    """Name, size and BLAKE3 of the first input files; those of all are in PREFIX.src."""
+    sources_fingerprint: str = ""
+    """BLAKE3 of name, size and hash of all input files."""
+    job: str = ""
+    """Identity of inputs and options: the same command finds its work done."""
+    version: str = ""
+    """Of megads."""
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether PREFIX.mask says which tokens count in the loss."""
+        return "mask" in self.hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +122,7 @@ class Corpus:
         self.manifest = self._read_manifest()
         if self.manifest is None:
             logger.info("%s: no manifest (%s.json); identified by size and sampled hashes", path, path)
+        self._mask = self._open_mask()
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +138,27 @@ class Corpus:
     def text_bytes(self) -> int | None:
         """UTF-8 bytes of the text, where a manifest tells."""
         return None if self.manifest is None else self.manifest.text_bytes
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the corpus says of each token if it counts in the loss as a label (chat data)."""
+        return self._mask is not None
+
+    def read_mask(self, start: int, count: int) -> NDArray[np.uint8]:
+        """1 for the tokens of [start, start + count) that count in the loss as labels; all 1 without a mask.
+
+        Raises:
+            DataError: the range is not within the corpus, or PREFIX.mask cannot be read.
+        """
+        if start < 0 or count < 0 or start + count > self.num_tokens:
+            raise DataError(
+                f"{mask_path(self.path)}: token range outside the corpus",
+                found=f"[{start}, {start + count})",
+                allowed=f"[0, {self.num_tokens})",
+            )
+        if self._mask is None:
+            return np.ones(count, dtype=np.uint8)
+        return np.frombuffer(self._mask.read(start, count), dtype=np.uint8)
 
     def num_pages(self, page: int) -> int:
         """Pages of `page` tokens that one epoch holds.
@@ -144,7 +190,8 @@ class Corpus:
             raise DataError(
                 f"{self.path}: there is no manifest to verify against", do="make the corpus again"
             )
-        for name, path in (("bin", bin_path(self.path)), ("idx", idx_path(self.path))):
+        for name in self.manifest.hashes:
+            path = Path(f"{self.path}.{name}")
             found = blake3(max_threads=1).update_mmap(path).hexdigest()
             if found != self.manifest.hashes.get(name):
                 raise DataError(
@@ -173,12 +220,34 @@ class Corpus:
         head = self.tokens.read(0, min(self.num_tokens, 1 << 20))
         check_ids(self, head, vocab_size=vocab_size, start=0)
 
+    def _open_mask(self) -> FixedFile | None:
+        """PREFIX.mask where the manifest names it."""
+        path = mask_path(self.path)
+        if self.manifest is not None and self.manifest.has_mask:
+            mask = FixedFile(path)
+            if mask.size != self.num_tokens:
+                raise DataError(
+                    f"{path}: not the mask of the .bin beside it",
+                    found=f"{mask.size} bytes",
+                    allowed=f"{self.num_tokens}, one a token",
+                    do="copy all files of the corpus again, or make it again with tools/preprocess_data.py",
+                )
+            return mask
+        if path.exists():
+            raise DataError(
+                f"{path}: a loss mask that no manifest names",
+                found="no manifest" if self.manifest is None else f"{self.path}.json without a mask",
+                allowed="PREFIX.json and PREFIX.mask of one corpus, or neither",
+                do="copy all files of the corpus again, or remove the mask to train on every token",
+            )
+        return None
+
     def _read_manifest(self) -> Manifest | None:
         path = Path(f"{self.path}.json")
         if not path.is_file():
             return None
         manifest = parse_manifest(path)
-        for field, found, said in (
+        for name, found, said in (
             ("documents", self.num_documents, manifest.documents),
             ("tokens", self.num_tokens, manifest.tokens),
             ("fingerprint", self.fingerprint, manifest.fingerprint),
@@ -186,8 +255,8 @@ class Corpus:
             if found != said:
                 raise DataError(
                     f"{path}: the manifest is not that of the .bin and .idx beside it",
-                    found=f"{field} {found}",
-                    allowed=f"{field} {said}",
+                    found=f"{name} {found}",
+                    allowed=f"{name} {said}",
                     do="copy all files of the corpus again, or make it again with tools/preprocess_data.py",
                 )
         return manifest
@@ -228,11 +297,16 @@ def parse_manifest(path: Path) -> Manifest:
         content: Any = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON", found=error) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in READABLE_FORMATS:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path}: not a corpus manifest of a known format", found=found, allowed=FORMAT)
-    names = {field.name for field in fields(Manifest)}
-    if wrong := sorted(names.symmetric_difference(content)):
+        raise DataError(
+            f"{path}: not a corpus manifest of a known format",
+            found=found,
+            allowed=", ".join(READABLE_FORMATS),
+        )
+    names = {each.name for each in fields(Manifest)}
+    later = {each.name for each in fields(Manifest) if each.default is not MISSING or each.name == "options"}
+    if wrong := sorted(names.symmetric_difference(content) - (later - content.keys())):
         raise DataError(
             f"{path}: fields missing or unknown", found=", ".join(wrong), allowed=", ".join(sorted(names))
         )
@@ -241,10 +315,12 @@ def parse_manifest(path: Path) -> Manifest:
             raise DataError(
                 f"{path}: impossible {name}", found=repr(content[name]), allowed="an integer, 0 or more"
             )
-    for name, kind in (("fingerprint", str), ("tokenizer_fingerprint", str), ("hashes", dict), ("bad", list)):
-        if not isinstance(content[name], kind):
+    kinds = {"hashes": dict, "bad": list, "options": dict, "sources": list}
+    for name in ("fingerprint", "tokenizer_fingerprint", *kinds):
+        kind = kinds.get(name, str)
+        if name in content and not isinstance(content[name], kind):
             raise DataError(f"{path}: impossible {name}", found=repr(content[name]), allowed=kind.__name__)
-    return Manifest(**{**content, "bad": tuple(content["bad"])})
+    return Manifest(**{**content, "bad": tuple(content["bad"]), "sources": tuple(content.get("sources", ()))})
 
 
 def read_source(path: Path, document: int) -> DocumentSource:
@@ -265,134 +341,6 @@ def read_source(path: Path, document: int) -> DocumentSource:
             return DocumentSource(name.decode("utf-8", "surrogateescape"), int(entry["record"]))
     except (OSError, struct.error, ValueError, IndexError, MemoryError, OverflowError) as error:
         raise DataError(f"{path}: damaged", found=error, do="make the corpus again") from error
-
-
-class CorpusWriter:
-    """Write a whole corpus: documents with their sources, optionally shuffled, then the manifest.
-
-    Memory does not grow with the corpus. PREFIX.idx gets its name last. Leaving the block by an exception
-    removes everything unfinished.
-
-    Args:
-        prefix: PREFIX of the files to be.
-        dtype: of the ids in the .bin.
-        shuffle_seed: write the documents in the order of this seed; None keeps them as they come.
-    """
-
-    def __init__(
-        self, prefix: str | Path, dtype: np.dtype[np.generic], *, shuffle_seed: int | None = None
-    ) -> None:
-        self.prefix = str(prefix)
-        self._shuffle_seed = shuffle_seed
-        staging = self.prefix if shuffle_seed is None else f"{self.prefix}.unshuffled"
-        self._staged = IndexedWriter(staging, dtype)
-        self._sources = open(f"{self.prefix}.src.tmp", "w+b")  # noqa: SIM115 - closed by finish or abort
-        self._sources.write(SOURCE_HEADER.pack(SOURCE_MAGIC, 0, 0))
-
-    @property
-    def num_documents(self) -> int:
-        """Documents added so far."""
-        return self._staged.num_documents
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens added so far."""
-        return self._staged.num_tokens
-
-    def add(
-        self, ids: NDArray[np.integer], lengths: NDArray[np.integer], *, sources: NDArray[np.void]
-    ) -> None:
-        """Append documents; `sources` has one (file, record) of `SOURCE_DTYPE` each."""
-        self._staged.add(ids, lengths)
-        self._sources.write(sources.tobytes())
-
-    def finish(self, files: Iterable[str], facts: Mapping[str, Any]) -> Manifest:
-        """Complete the corpus and return its manifest.
-
-        Args:
-            files: names of the input files, in the order that `sources` count them.
-            facts: the fields of `Manifest` that only the caller knows.
-        """
-        for suffix in ("json", "src"):  # what belonged to an older corpus of this name
-            Path(f"{self.prefix}.{suffix}").unlink(missing_ok=True)
-        idx_path(self.prefix).unlink(missing_ok=True)
-        writer = self._staged
-        if self._shuffle_seed is not None:
-            self._staged.seal()
-            self._staged.publish()
-            writer = self._shuffled(self._shuffle_seed)
-        self._finish_sources(files)
-        sealed_bin, sealed_idx = writer.seal()
-        manifest = Manifest(
-            format=FORMAT,
-            documents=writer.num_documents,
-            tokens=writer.num_tokens,
-            dtype=writer.dtype.name,
-            shuffle_seed=self._shuffle_seed,
-            hashes=writer.hashes,
-            fingerprint=fingerprint(sealed_bin, sealed_idx),
-            **facts,
-        )
-        write_durably(Path(f"{self.prefix}.json"), json.dumps(asdict(manifest), indent=2).encode())
-        os.replace(f"{self.prefix}.src.tmp", f"{self.prefix}.src")
-        writer.publish()
-        self._remove_staging()
-        return manifest
-
-    def abort(self) -> None:
-        """Close and remove everything unfinished."""
-        self._staged.abort()
-        self._sources.close()
-        for suffix in ("src.tmp", "src.shuffled.tmp", "json.tmp", "bin.tmp", "idx.tmp", "lengths.tmp"):
-            Path(f"{self.prefix}.{suffix}").unlink(missing_ok=True)
-        self._remove_staging()
-
-    def __enter__(self) -> CorpusWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.abort()
-
-    def _remove_staging(self) -> None:
-        if self._shuffle_seed is not None:
-            bin_path(self._staged.prefix).unlink(missing_ok=True)
-            idx_path(self._staged.prefix).unlink(missing_ok=True)
-
-    def _shuffled(self, seed: int) -> IndexedWriter:
-        """Copy documents and sources from the staged pair in permuted order."""
-        staged = IndexedReader(self._staged.prefix)
-        writer = IndexedWriter(self.prefix, self._staged.dtype)
-        permutation = Permutation(staged.num_documents, seed, "documents", 0)
-        self._sources.flush()
-        size = SOURCE_DTYPE.itemsize
-        with open(f"{self.prefix}.src.shuffled.tmp", "w+b") as shuffled:
-            shuffled.write(SOURCE_HEADER.pack(SOURCE_MAGIC, 0, 0))
-            for start in range(0, staged.num_documents, SHUFFLE_BLOCK):
-                block = np.arange(start, min(start + SHUFFLE_BLOCK, staged.num_documents))
-                for document in permutation(block).tolist():
-                    first, stop = staged.document_range(document)
-                    writer.add(staged.read(first, stop - first), np.array([stop - first]))
-                    shuffled.write(
-                        os.pread(self._sources.fileno(), size, SOURCE_HEADER.size + document * size)
-                    )
-        self._sources.close()
-        os.replace(f"{self.prefix}.src.shuffled.tmp", f"{self.prefix}.src.tmp")
-        self._sources = open(f"{self.prefix}.src.tmp", "r+b")  # noqa: SIM115
-        return writer
-
-    def _finish_sources(self, files: Iterable[str]) -> None:
-        self._sources.seek(0, os.SEEK_END)
-        num_files = 0
-        for name in files:
-            num_files += 1
-            content = name.encode("utf-8", "surrogateescape")
-            self._sources.write(len(content).to_bytes(8, "little") + content)
-        self._sources.seek(0)
-        self._sources.write(SOURCE_HEADER.pack(SOURCE_MAGIC, self._staged.num_documents, num_files))
-        self._sources.flush()
-        os.fsync(self._sources.fileno())
-        self._sources.close()
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -13,8 +13,7 @@ Lives here: the bytes, written and read strictly. Does not live here: manifests,
                      pointers      n x i64   byte offset of each sequence in the .bin
                      documents     d x i64   first sequence of each document; ends with n
 
-The .idx is written last, by rename: a .bin without an .idx is not a corpus. Reads are `pread`s: a bad disk or
-a cut file raises an error that names the file, where a mapped file would kill the process.
+The .idx is written last, by rename: a .bin without an .idx is not a corpus.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from __future__ import annotations
 import bisect
 import mmap
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +31,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from megads.data.fixed_file import FixedFile, open_regular
 from megads.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -43,9 +42,11 @@ FLOAT_CODES = MappingProxyType({6: "float64", 7: "float32"})
 UINT16_VOCAB_SIZE = 65500
 """Megatron stores vocabularies below this size as uint16 and all others as int32."""
 BLOCK = 1 << 18
-"""Entries of the .idx that are looked at or written at once."""
+"""Entries of the .idx that are written at once."""
+CHECKED_BLOCK = 1 << 12
+"""Entries of the .idx that are checked at once."""
 NUM_CHECKED_BLOCKS = 64
-"""Blocks of the .idx that are checked at opening; up to 16 million sequences that is all of it."""
+"""Blocks of the .idx that are checked at opening, which reads 5 MB at most: all of 262,144 sequences."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
@@ -61,6 +62,11 @@ def bin_path(prefix: str | Path) -> Path:
 def idx_path(prefix: str | Path) -> Path:
     """PREFIX.idx."""
     return Path(f"{prefix}.idx")
+
+
+def mask_path(prefix: str | Path) -> Path:
+    """PREFIX.mask."""
+    return Path(f"{prefix}.mask")
 
 
 class IndexedWriter:
@@ -159,9 +165,8 @@ class IndexedReader:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        self._bin = _open_regular(bin_path(prefix))
-        self._stat = os.fstat(self._bin.fileno())
-        with _open_regular(idx_path(prefix)) as idx:
+        self._bin = FixedFile(bin_path(prefix))
+        with open_regular(idx_path(prefix)) as idx:
             self._idx_size = os.fstat(idx.fileno()).st_size
             self._check_header(idx.read(HEADER.size))
             index = mmap.mmap(idx.fileno(), 0, access=mmap.ACCESS_READ)
@@ -186,30 +191,8 @@ class IndexedReader:
                 found=f"[{start}, {start + count})",
                 allowed=f"[0, {self.num_tokens})",
             )
-        now = os.fstat(self._bin.fileno())
-        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
-            raise DataError(
-                f"{bin_path(self.prefix)}: the file was changed while it was in use",
-                found=f"{now.st_size} bytes",
-                allowed=f"{self._stat.st_size} bytes, unmodified since it was opened",
-            )
-        size = count * self.dtype.itemsize
-        try:
-            content = os.pread(self._bin.fileno(), size, start * self.dtype.itemsize)
-            while (
-                len(content) < size
-            ):  # a read may stop early (signals, 2 GiB limit); only an empty one is the end
-                offset = start * self.dtype.itemsize + len(content)
-                more = os.pread(self._bin.fileno(), size - len(content), offset)
-                if not more:
-                    break
-                content += more
-        except OSError as error:
-            raise DataError(f"{bin_path(self.prefix)}: cannot be read", found=error) from error
-        if len(content) != size:
-            raise DataError(
-                f"{bin_path(self.prefix)}: the file ends early", found=f"{len(content)} bytes", allowed=size
-            )
+        itemsize = self.dtype.itemsize
+        content = self._bin.read(start * itemsize, count * itemsize)
         return np.frombuffer(content, dtype=self.dtype)
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -236,6 +219,14 @@ class IndexedReader:
         return self._sequence_start(self._documents[document]), self._sequence_start(
             self._documents[document + 1]
         )
+
+    def document_offsets(self, first: int, last: int) -> NDArray[np.int64]:
+        """The first token of each document first..last, where `last` may be the number of documents: int64."""
+        sequences = np.array(self._documents[first : last + 1])
+        is_inside = sequences < self.num_sequences
+        offsets = np.full(sequences.size, self.num_tokens, dtype=np.int64)
+        offsets[is_inside] = self._pointers[sequences[is_inside]] // self.dtype.itemsize
+        return offsets
 
     def _sequence_start(self, sequence: int) -> int:
         if sequence == self.num_sequences:
@@ -296,7 +287,7 @@ class IndexedReader:
         """The sequences end where the .bin ends: sum(lengths) * itemsize is its size."""
         itemsize = self.dtype.itemsize
         total = int(self._pointers[-1]) + int(self._lengths[-1]) * itemsize
-        size = self._stat.st_size
+        size = self._bin.size
         if size - total == self.num_documents * itemsize:
             raise DataError(
                 f"{idx_path(self.prefix)}: the sequence lengths leave out one token of every document",
@@ -330,13 +321,13 @@ class IndexedReader:
 
     def _checked_ranges(self, count: int) -> Iterator[tuple[int, int]]:
         """Blocks of 0..count: all, or `NUM_CHECKED_BLOCKS` spread evenly from the first to the last."""
-        num_blocks = -(-count // BLOCK)
+        num_blocks = -(-count // CHECKED_BLOCK)
         if num_blocks <= NUM_CHECKED_BLOCKS:
             blocks = list(range(num_blocks))
         else:
             steps = NUM_CHECKED_BLOCKS - 1
             blocks = [step * (num_blocks - 1) // steps for step in range(NUM_CHECKED_BLOCKS)]
-        return ((block * BLOCK, min((block + 1) * BLOCK, count)) for block in blocks)
+        return ((block * CHECKED_BLOCK, min((block + 1) * CHECKED_BLOCK, count)) for block in blocks)
 
     def _refuse(self, field: str, found: object, allowed: str) -> None:
         raise DataError(
@@ -345,21 +336,6 @@ class IndexedReader:
             allowed=allowed,
             do="the file is damaged or not of this corpus; copy both files again or rebuild them",
         )
-
-
-def _open_regular(path: Path) -> BinaryIO:
-    """Open a plain file for reading; never blocks on a pipe."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DataError(f"{path}: not a plain file", allowed="a file")
-        return open(path, "rb")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be opened",
-            found=error.strerror,
-            allowed="PREFIX.bin and PREFIX.idx side by side",
-            do="give the prefix without .bin or .idx; tools/preprocess_data.py makes both files",
-        ) from error
 
 
 def sync_file(file: BinaryIO) -> None:

@@ -1,414 +1,357 @@
 """Text to corpus: the work of tools/preprocess_data.py.
 
-Lives here: the command line, the pipeline from documents to tokens, and the summary. Does not live here:
-reading files (source), tokenizers (tokenizer), the corpus on disk (corpus). Imports neither torch nor
-deepspeed.
+Lives here: the order of the work, for one process, a task of many and the ranks of MPI. Does not live here: the command
+line (preprocess_options), finished parts (job, part), the corpus (merge), what is printed (summary). Imports neither
+torch nor deepspeed.
 
-    reader (this thread) --batches--> `workers` threads: encode, add eod, split --in input order--> writer
-    (this thread)
+    inputs --units--> parts --merge--> corpus
 
-The tokenizers release the interpreter while they work, so threads suffice. At most `2 * workers` batches are
-under way: memory does not grow with the corpus. Batches are cut and written in input order: the bytes do not
-depend on `workers`.
+    readers (threads) --batches--> `workers` threads: encode --in input order--> reader writes the part of its unit
+
+The engines release the interpreter while they work, so threads suffice. Units are cut by bytes alone and a part is a
+function of its unit: the corpus does not depend on `workers`, on who made which part, or on stops in between.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-import numpy as np
-from blake3 import blake3
-from numpy.typing import NDArray
-
-from megads.data.corpus import SOURCE_DTYPE, CorpusWriter, Manifest
+from megads import __version__
+from megads.data.corpus import Corpus, Manifest
+from megads.data.encode import Encoder
+from megads.data.engine_choice import choose_engine
 from megads.data.indexed import token_dtype
+from megads.data.job import (
+    Job,
+    deal_units,
+    make_parts,
+    merge_lock,
+    open_folder,
+    options_of,
+    plan_job,
+    remove_folder,
+)
+from megads.data.merge import Merge, merge_parts, side_prefix
+from megads.data.pack import write_pack
+from megads.data.part import UnitReader
+from megads.data.preprocess_options import Options, parse_arguments
 from megads.data.progress import open_progress
-from megads.data.source import BadRecord, Document, Inputs, find_inputs, read_documents
-from megads.data.tokenizer import SPECIAL_TOKENS, SpecialTokens, Tokenizer, open_tokenizer
+from megads.data.record import STDIN, Inputs, Unit
+from megads.data.source import find_inputs
+from megads.data.summary import Report, print_summary
+from megads.data.tokenizer import Tokenizer, open_tokenizer
+from megads.data.unit import check_inputs, plan_units, read_unit
 from megads.errors import DataError, MegadsError
 
-BATCH_BYTES = 1 << 19
-"""Input bytes after which a batch is full."""
-BATCH_DOCUMENTS = 1024
-NUM_NAMED_BAD = 20
-"""Bad records that are named in the log and the manifest; the others are only counted."""
-
-NUM_NAMED_KINDS = 8
-"""Kinds of files left out that the summary names."""
+NUM_SAMPLES = 100
+SAMPLE_CHARACTERS = 1000
+"""Of the first documents, as many are tried on a fast engine before it is used, each up to this length."""
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the command line says."""
+class Team(Protocol):
+    """Processes that make a corpus together and can speak with each other."""
 
-    inputs: tuple[str, ...]
-    tokenizer: str
-    output_prefix: str
-    append_eod: bool = False
-    workers: int = 1
-    key: str = "text"
-    skip_bad: bool = False
-    special_tokens: SpecialTokens = "text"
-    shuffle_seed: int | None = None
-    valid_fraction: float | None = None
+    @property
+    def rank(self) -> int:
+        """Which one this is, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def gather(self, code: int) -> list[int]:
+        """The exit codes of all of them so far, once all have come here."""
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """A batch of documents for one part of the corpus."""
+class Workshop:
+    """Everything that is needed to make parts and merge them."""
 
-    ids: NDArray[np.int32]
-    lengths: NDArray[np.int64]
-    sources: NDArray[np.void]
-    text_bytes: int
-    num_empty: int
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was made."""
-
-    manifests: tuple[Manifest, ...]
-    left_out: Mapping[str, int]
-    """Files inside input folders that are of no known kind: suffix -> how many."""
-
-
-@dataclass(slots=True)
-class Part:
-    """One corpus that is being written, and its counts so far."""
-
-    name: str
-    writer: CorpusWriter
-    text_bytes: int = 0
-    num_empty: int = 0
-
-    def add(self, encoded: Encoded) -> None:
-        self.writer.add(encoded.ids, encoded.lengths, sources=encoded.sources)
-        self.text_bytes += encoded.text_bytes
-        self.num_empty += encoded.num_empty
-
-
-@dataclass(slots=True)
-class BadRecords:
-    """Count bad records, or refuse the first."""
-
-    inputs: Inputs
-    skip: bool
-    count: int = 0
-    named: list[str] = field(default_factory=list)
-
-    def add(self, bad: BadRecord) -> None:
-        place = f"{self.inputs.files[bad.file]}:{bad.record}"
-        if not self.skip:
-            raise DataError(
-                f"{place}: {bad.why}",
-                found=bad.head,
-                allowed="one document with text",
-                do="repair it, or leave out and count all such records with --on-error skip",
-            )
-        self.count += 1
-        if len(self.named) < NUM_NAMED_BAD:
-            self.named.append(f"{place}: {bad.why}")
-            print(f"skipped {place}: {bad.why}", file=sys.stderr)
-
-
-@dataclass(frozen=True, slots=True)
-class Encoder:
-    """Encode a batch and deal its documents to the parts of the corpus; called from several threads."""
-
+    options: Options
+    job: Job
     tokenizer: Tokenizer
-    eod: int | None
-    valid_fraction: float | None
+    encoder: Encoder
+    reader: UnitReader
+    merge: Merge
+    start: float
+    """When the tool began, s."""
 
-    def __call__(self, documents: Sequence[Document]) -> tuple[Encoded, ...]:
-        contents = [document.text.encode("utf-8") for document in documents]
-        ids, lengths = self.tokenizer.encode_batch([document.text for document in documents])
-        sizes = np.array([len(content) for content in contents])
-        sources = np.array([(document.file, document.record) for document in documents], dtype=SOURCE_DTYPE)
-        parts = np.array([is_valid(content, self.valid_fraction) for content in contents])
-        numbers = (0,) if self.valid_fraction is None else (0, 1)
-        full = lengths > 0
-        dealt = []
-        for part in numbers:
-            mine = parts == part
-            kept = mine & full
-            dealt.append(
-                Encoded(
-                    ids=self._with_eod(ids[np.repeat(mine, lengths)], lengths[kept]),
-                    lengths=lengths[kept] + (self.eod is not None),
-                    sources=sources[kept],
-                    text_bytes=int(sizes[kept].sum()),
-                    num_empty=int((mine & ~full).sum()),
-                )
-            )
-        return tuple(dealt)
-
-    def _with_eod(self, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> NDArray[np.int32]:
-        return ids if self.eod is None else np.insert(ids, np.cumsum(lengths), self.eod)
-
-
-def is_valid(content: bytes, valid_fraction: float | None) -> bool:
-    """Whether a document is held out: a function of its text alone, so that equal texts stay together."""
-    if valid_fraction is None:
-        return False
-    return int.from_bytes(blake3(content).digest(8), "little") < valid_fraction * 2.0**64
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """PREFIX of the corpus, or of both of a split."""
+        return tuple(side_prefix(self.job.prefix, side) for side in self.merge.sides)
 
 
 def preprocess(options: Options) -> Report:
-    """Make the corpus, or with a valid fraction both corpora.
+    """Make the corpus, or with a valid fraction both, in this process.
 
     Raises:
-        DataError: an input, the tokenizer or the text is not usable; nothing is left behind under the final
-        names.
+        DataError: an input, the tokenizer or the text is not usable, or another process is at the same work; nothing
+            is left behind under the final names, and finished parts are kept.
     """
-    tokenizer = open_tokenizer(options.tokenizer, special_tokens=options.special_tokens)
-    encoder = Encoder(tokenizer, tokenizer.eod if options.append_eod else None, options.valid_fraction)
-    inputs = find_inputs(options.inputs)
-    bad = BadRecords(inputs, options.skip_bad)
-    names = ("all",) if options.valid_fraction is None else ("train", "valid")
-    progress = open_progress("preprocess", sum(inputs.sizes))
-    with ExitStack() as stack:
-        stack.callback(progress.close)
-        parts = []
-        for name in names:
-            parts.append(_open_part(name, options, vocab_size=tokenizer.vocab_size))
-            stack.enter_context(parts[-1].writer)
-        forbidden = tokenizer.control_texts if options.special_tokens == "error" else ()
-        batches = cut_batches(usable_documents(inputs, options.key, bad=bad, forbidden=forbidden))
-        for read_bytes, dealt in encode_in_order(batches, encoder, workers=options.workers):
-            for part, encoded in zip(parts, dealt, strict=True):
-                part.add(encoded)
-            progress.update(read_bytes, f"{sum(part.writer.num_tokens for part in parts) / 1e6:.2f} M tokens")
-        for part in parts:
-            _check_not_empty(part, options)
-        manifests = [_finish(part, options, tokenizer=tokenizer, inputs=inputs, bad=bad) for part in parts]
-    return Report(tuple(manifests), inputs.left_out)
-
-
-def usable_documents(
-    inputs: Inputs, key: str, *, bad: BadRecords, forbidden: Sequence[str] = ()
-) -> Iterator[Document]:
-    """Documents with their bad records dealt with; a text that holds one of `forbidden` is a bad record
-    too."""
-    for record in read_documents(inputs, key):
-        if isinstance(record, BadRecord):
-            bad.add(record)
-            continue
-        special = next((text for text in forbidden if text in record.text), None)
-        if special is None:
-            yield record
-        else:
-            head = record.text[record.text.index(special) :][:80].encode("utf-8")[:80]
-            bad.add(
-                BadRecord(record.file, record.record, f"the text holds the special token {special!r}", head)
+    shop = open_workshop(options)
+    if report := finished(shop):
+        return report
+    open_folder(shop.job)
+    with merge_lock(shop.job) as is_mine:
+        if not is_mine:
+            raise DataError(
+                f"{shop.job.folder}: another process is making this corpus", do="wait for it, or stop it"
             )
-
-
-def cut_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Consecutive documents, up to `BATCH_BYTES` (characters) or `BATCH_DOCUMENTS` at once."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode_in_order(
-    batches: Iterable[list[Document]],
-    encode: Callable[[Sequence[Document]], tuple[Encoded, ...]],
-    *,
-    workers: int,
-) -> Iterator[tuple[int, tuple[Encoded, ...]]]:
-    """(input bytes read, encoded batch) in input order, with at most 2 * workers batches under way."""
-    under_way: deque[tuple[int, Future[tuple[Encoded, ...]]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
         try:
-            for batch in batches:
-                under_way.append((batch[-1].read_bytes, pool.submit(encode, batch)))
-                if len(under_way) >= 2 * workers:
-                    read_bytes, future = under_way.popleft()
-                    yield read_bytes, future.result()
-            while under_way:
-                read_bytes, future = under_way.popleft()
-                yield read_bytes, future.result()
+            make(shop, shop.job.units)
+            return merge_all(shop)
         finally:
-            for _, future in under_way:
-                future.cancel()
+            _tidy(shop.job)
 
 
-def _open_part(name: str, options: Options, *, vocab_size: int) -> Part:
-    prefix = options.output_prefix + ("_valid" if name == "valid" else "")
-    try:
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        return Part(name, CorpusWriter(prefix, token_dtype(vocab_size), shuffle_seed=options.shuffle_seed))
-    except OSError as error:
-        raise DataError(
-            f"--output-prefix {options.output_prefix}: cannot be written",
-            found=f"{error.filename}: {error.strerror}",
-            allowed="a folder with write permission, and a name in it",
-        ) from error
+def preprocess_shard(options: Options, *, number: int, count: int) -> Report | None:
+    """Make the parts of one task; the task after which none is missing merges. Returns None for the others."""
+    shop = open_workshop(options)
+    _refuse_stdin(shop)
+    if report := finished(shop):
+        return report
+    open_folder(shop.job)
+    make(shop, deal_units(shop.job.units, shard=number, num_shards=count))
+    if missing := shop.job.missing():
+        print(f"shard {number} is done; {len(missing)} of {len(shop.job.units)} parts are not there yet")
+        return None
+    with merge_lock(shop.job) as is_mine:
+        if not is_mine:
+            print(f"shard {number} is done; another task merges")
+            return None
+        return finished(shop) or merge_all(shop)
 
 
-def _check_not_empty(part: Part, options: Options) -> None:
-    if part.writer.num_documents:
-        return
-    if part.name == "all":
-        raise DataError(
-            "no document has any text", found=f"{part.num_empty} empty documents", allowed="1 or more"
-        )
-    raise DataError(
-        f"the {part.name} part of the split has no documents",
-        found=f"--valid-fraction {options.valid_fraction}",
-        allowed="a fraction that leaves documents on both sides",
-        do="choose another fraction; documents are dealt by a hash of their text",
+def preprocess_team(options: Options, team: Team) -> int:
+    """Make the corpus with all ranks of a team; rank 0 merges. Returns the exit code of this rank."""
+    shops: list[Workshop] = []
+    reports: list[Report] = []
+
+    def make_mine() -> None:
+        shop = open_workshop(options)
+        shops.append(shop)
+        _refuse_stdin(shop)
+        reports.extend(filter(None, (finished(shop),)))
+        if not reports:
+            open_folder(shop.job)
+            make(shop, deal_units(shop.job.units, shard=team.rank, num_shards=team.size))
+
+    def merge() -> None:
+        reports.append(merge_all(shops[0]))
+
+    code = max(team.gather(told(make_mine)))
+    if not code and not reports:
+        code = max(team.gather(told(merge) if team.rank == 0 else 0))
+    if team.rank == 0:
+        if shops:
+            _tidy(shops[0].job)
+        if not code and reports:
+            print_summary(options, reports[0])
+    return code
+
+
+def open_workshop(options: Options) -> Workshop:
+    """Open tokenizer and inputs, cut the units and choose the engine."""
+    start = time.monotonic()
+    tokenizer = open_tokenizer(options.tokenizer, special_tokens=options.special_tokens)
+    eod = tokenizer.eod if options.append_eod else None
+    inputs = find_inputs(options.inputs, input_format=options.input_format)
+    check_inputs(inputs, options.records)
+    units = plan_units(inputs, unit_bytes=options.unit_bytes)
+    merge = Merge(
+        dtype=token_dtype(tokenizer.vocab_size),
+        has_mask=options.records.template is not None,
+        dedup=options.dedup,
+        shuffle_seed=options.shuffle_seed,
+        valid_fraction=options.valid_fraction,
+    )
+    has_keys = options.dedup or options.valid_fraction is not None
+    job = plan_job(
+        options.output_prefix,
+        inputs,
+        units=units,
+        options=options_of(
+            options.records,
+            tokenizer=tokenizer.fingerprint,
+            append_eod=eod,
+            special_tokens=options.special_tokens,
+            on_error="skip" if options.skip_bad else "error",
+            has_keys=has_keys,
+        ),
+        merge_options={
+            "dedup": options.dedup,
+            "shuffle_seed": options.shuffle_seed,
+            "valid_fraction": options.valid_fraction,
+        },
+    )
+    choice = choose_engine(
+        tokenizer,
+        options.engine,
+        special_tokens=options.special_tokens,
+        samples=_samples(options, inputs, units=units),
+    )
+    print(f"engine: {choice.engine.name} ({choice.why})", file=sys.stderr)
+    forbidden = tuple(tokenizer.control_tokens) if options.special_tokens == "error" else ()
+    return Workshop(
+        options=options,
+        job=job,
+        tokenizer=tokenizer,
+        encoder=Encoder(tokenizer, choice, eod, merge.dtype, has_keys, forbidden),
+        reader=UnitReader(inputs, options.records, job.modified, options.skip_bad),
+        merge=merge,
+        start=start,
     )
 
 
-def _finish(
-    part: Part, options: Options, *, tokenizer: Tokenizer, inputs: Inputs, bad: BadRecords
-) -> Manifest:
-    facts = {
-        "text_bytes": part.text_bytes,
+def finished(shop: Workshop) -> Report | None:
+    """What an earlier run of the same command made, if it is there whole."""
+    try:
+        manifests = tuple(Corpus(prefix).manifest for prefix in shop.prefixes)
+        made = min(os.stat(f"{prefix}.json").st_mtime_ns for prefix in shop.prefixes)
+    except (DataError, OSError):
+        return None
+    of_this_job = tuple(m for m in manifests if m is not None and m.job == shop.job.identity)
+    if len(of_this_job) < len(manifests) or shop.job.is_changed_since(made):
+        return None
+    print("the corpus is there already, made by the same command from the same inputs", file=sys.stderr)
+    return _report(shop, of_this_job)
+
+
+def make(shop: Workshop, units: Sequence[Unit]) -> None:
+    """Make those parts of `units` that are not there."""
+    missing = tuple(unit for unit in units if not shop.job.is_done(unit))
+    if len(missing) < len(units):
+        print(f"going on: {len(units) - len(missing)} of {len(units)} parts are there", file=sys.stderr)
+    total, left = sum(unit.size for unit in units), sum(unit.size for unit in missing)
+    progress = open_progress("tokenize", total, done=total - left)
+    start = time.monotonic()
+    done, num_tokens = total - left, 0
+
+    def show(read_bytes: int, tokens: int) -> None:
+        nonlocal done, num_tokens
+        done, num_tokens = done + read_bytes, num_tokens + tokens
+        rate = num_tokens / max(time.monotonic() - start, 1e-9)
+        progress.update(done, f"{rate / 1e6:.2f} M tokens/s")
+
+    try:
+        make_parts(
+            shop.job,
+            missing,
+            reader=shop.reader,
+            encoder=shop.encoder,
+            workers=shop.options.workers,
+            on_progress=show,
+        )
+    finally:
+        progress.close()
+
+
+def merge_all(shop: Workshop) -> Report:
+    """Make the corpus of all parts, then what stands beside it, and remove the parts."""
+    options, tokenizer = shop.options, shop.tokenizer
+    progress = open_progress("merge", sum(unit.size for unit in shop.job.units))
+    sizes = list(itertools.accumulate(unit.size for unit in shop.job.units))
+    facts: dict[str, Any] = {
         "append_eod": options.append_eod,
         "special_tokens": options.special_tokens,
         "tokenizer_kind": tokenizer.kind,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
-        "part": part.name,
-        "valid_fraction": options.valid_fraction,
-        "num_inputs": len(inputs.files),
-        "num_empty": part.num_empty,
-        "num_bad": bad.count,
-        "bad": tuple(bad.named),
+        "options": {**shop.job.options, **shop.job.merge_options},
+        "version": __version__,
     }
-    return part.writer.finish((str(file) for file in inputs.files), facts)
-
-
-def parse_arguments(argv: Sequence[str]) -> Options:
-    """The command line of tools/preprocess_data.py."""
-    parser = argparse.ArgumentParser(
-        prog="preprocess_data.py",
-        description="Text to a tokenized corpus in Megatron's format: P.bin P.idx, P.json (manifest), P.src.",
-    )
-    parser.add_argument(
-        "--input",
-        required=True,
-        nargs="+",
-        metavar="PATH",
-        help="JSON lines, Parquet, text or source files, or folders",
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="FILE", help="SentencePiece .model or tokenizer.json"
-    )
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="write P.bin P.idx P.json P.src")
-    parser.add_argument(
-        "--append-eod", action="store_true", help="end each document with the end-of-document token"
-    )
-    parser.add_argument(
-        "--workers", type=_at_least_one, default=1, metavar="N", help="threads that tokenize (default 1)"
-    )
-    parser.add_argument("--key", default="text", help="JSON key or Parquet column of the text (default text)")
-    parser.add_argument(
-        "--on-error",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with a record that cannot be read: stop (default), or leave it out and count it",
-    )
-    parser.add_argument(
-        "--special-tokens",
-        choices=SPECIAL_TOKENS,
-        default="text",
-        help="special tokens inside documents: keep as text (default), parse, or refuse",
-    )
-    parser.add_argument(
-        "--shuffle-seed", type=int, metavar="N", help="write the documents in this random order"
-    )
-    parser.add_argument(
-        "--valid-fraction",
-        type=_fraction,
-        metavar="F",
-        help="hold out this share of the documents as P_valid",
-    )
-    given = parser.parse_args(argv)
-    return Options(
-        inputs=tuple(given.input),
-        tokenizer=given.tokenizer,
-        output_prefix=given.output_prefix,
-        append_eod=given.append_eod,
-        workers=given.workers,
-        key=given.key,
-        skip_bad=given.on_error == "skip",
-        special_tokens=given.special_tokens,
-        shuffle_seed=given.shuffle_seed,
-        valid_fraction=given.valid_fraction,
-    )
-
-
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: allowed are 1 and more")
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: allowed are fractions between 0 and 1")
-    return value
-
-
-def print_summary(options: Options, report: Report, *, seconds: float) -> None:
-    """What was made, and what to do next."""
-    manifests = report.manifests
-    prefixes = (options.output_prefix, options.output_prefix + "_valid")
-    for prefix, manifest in zip(prefixes, manifests, strict=False):
-        print(
-            f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} bytes"
-            f" ({manifest.tokens / manifest.text_bytes:.4f} tokens per byte), {manifest.num_empty} empty ones"
-        )
-    if manifests[0].num_bad:
-        print(f"{manifests[0].num_bad} records could not be read and were left out (see the manifest)")
-    if report.left_out:
-        most = sorted(report.left_out.items(), key=lambda item: -item[1])[:NUM_NAMED_KINDS]
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in most)
-        print(f"{sum(report.left_out.values())} files of other kinds were left out, most: {kinds}")
-    rate = sum(manifest.text_bytes for manifest in manifests) / 1e6 / max(seconds, 1e-9)
-    print(f"{seconds:.1f} s, {rate:.1f} MB/s")
-    valid = f" data.valid={prefixes[1]}" if len(manifests) > 1 else ""
-    data = f"data.train={prefixes[0]}{valid} data.tokenizer={options.tokenizer}"
-    print(f"next: python -m megads train CONFIG {data}")
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the tool; returns its exit code."""
-    options = parse_arguments(argv)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our threads are the workers
-    start = time.monotonic()
     try:
-        report = preprocess(options)
-        print_summary(options, report, seconds=time.monotonic() - start)
+        manifests = merge_parts(
+            shop.job,
+            shop.merge,
+            facts=facts,
+            on_progress=lambda done: progress.update(sizes[done - 1], f"{done} of {len(sizes)} parts"),
+        )
+    finally:
+        progress.close()
+    remove_folder(shop.job)
+    return _report(shop, manifests)
+
+
+def told(work: Callable[[], None]) -> int:
+    """Do `work`; say what stopped it, and return the exit code."""
+    try:
+        work()
     except MegadsError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"{error.filename or options.output_prefix}: {error.strerror or error}", file=sys.stderr)
+        print(f"{error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped; the same command goes on with the parts that are finished", file=sys.stderr)
         return 130
     return 0
+
+
+def main(argv: Sequence[str], *, team: Team | None = None) -> int:
+    """Run the tool; returns its exit code."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our threads are the workers
+    parsed: list[Options] = []
+    if code := told(lambda: parsed.append(parse_arguments(argv))):
+        return code
+    options = parsed[0]
+    if team is not None:
+        return preprocess_team(options, team)
+    return told(lambda: _run(options))
+
+
+def _run(options: Options) -> None:
+    if options.mpi:
+        raise DataError("--mpi: MPI was not started", do="start tools/preprocess_data.py, as its --help says")
+    shard = options.shard
+    if shard is None:
+        report: Report | None = preprocess(options)
+    else:
+        report = preprocess_shard(options, number=shard.number, count=shard.count)
+    if report is not None:
+        print_summary(options, report)
+
+
+def _samples(options: Options, inputs: Inputs, *, units: Sequence[Unit]) -> Iterator[str]:
+    """The beginnings of the first documents; none from standard input, which cannot be read twice."""
+    if not units or inputs.files[units[0].file] == STDIN or options.engine in ("tokenizers", "sentencepiece"):
+        return
+    records = replace(options.records, block_bytes=1 << 18)
+    for documents in read_unit(inputs, units[0], options=records):
+        for text in documents.texts.slice(0, NUM_SAMPLES).to_pylist():
+            yield text[:SAMPLE_CHARACTERS]
+        return
+
+
+def _report(shop: Workshop, manifests: tuple[Manifest, ...]) -> Report:
+    packs = tuple(write_pack(shop.prefixes[0], length) for length in shop.options.pack)
+    return Report(
+        prefixes=shop.prefixes,
+        manifests=manifests,
+        left_out=shop.job.inputs.left_out,
+        packs=packs,
+        input_bytes=sum(shop.job.inputs.sizes),
+        seconds=time.monotonic() - shop.start,
+    )
+
+
+def _refuse_stdin(shop: Workshop) -> None:
+    if STDIN in shop.job.inputs.files:
+        raise DataError(
+            "--input -: standard input cannot be shared among tasks",
+            do="leave --shard and --mpi out, or name files",
+        )
+
+
+def _tidy(job: Job) -> None:
+    """Leave no folder behind that holds no finished part."""
+    if job.folder.is_dir() and not any(job.folder.glob("*.part")):
+        remove_folder(job)

@@ -14,7 +14,8 @@ Special text is a decision. A document that holds the characters `<|endoftext|>`
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -43,6 +44,14 @@ class Tokenizer(Protocol):
         """`sentencepiece` or `huggingface`."""
 
     @property
+    def library(self) -> str:
+        """The library that defines its ids: `sentencepiece` or `tokenizers`."""
+
+    @property
+    def file(self) -> Path:
+        """The tokenizer file."""
+
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
 
@@ -59,8 +68,8 @@ class Tokenizer(Protocol):
         """BLAKE3 of the tokenizer file, 64 hex digits."""
 
     @property
-    def control_texts(self) -> tuple[str, ...]:
-        """The texts of the control tokens, such as `</s>`."""
+    def control_tokens(self) -> Mapping[str, int]:
+        """The texts of the control tokens, such as `</s>`, and their ids."""
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Ids of all texts one after another [sum of lengths], and the length of each [num texts].
@@ -100,6 +109,7 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json` through the library `tokenizers`."""
 
     kind = "huggingface"
+    library = "tokenizers"
 
     def __init__(self, file: Path, *, parse_special_tokens: bool) -> None:
         import tokenizers
@@ -117,20 +127,20 @@ class HuggingFaceTokenizer:
         engine.no_truncation()
         engine.encode_special_tokens = not parse_special_tokens
         vocabulary = engine.get_vocab(with_added_tokens=True)
-        self._file = file
+        self.file = file
         self._engine: tokenizers.Tokenizer = engine
         self._eod = _named_eod(file, vocabulary)
         self.fingerprint = blake3(content).hexdigest()
         self.vocab_size = _checked_vocab_size(file, max(vocabulary.values(), default=-1) + 1)
-        self.control_texts = tuple(
-            token.content for token in engine.get_added_tokens_decoder().values() if token.special
-        )
+        self.control_tokens = {
+            token.content: i for i, token in engine.get_added_tokens_decoder().items() if token.special
+        }
 
     @property
     def eod(self) -> int:
         if self._eod is None:
             raise DataError(
-                f"{self._file}: the tokenizer names no end-of-document token",
+                f"{self.file}: the tokenizer names no end-of-document token",
                 found="no eos_token in tokenizer_config.json beside it",
                 allowed="eos_token, or one of the tokens " + " ".join(END_OF_DOCUMENT),
                 do='put {"eos_token": "..."} in tokenizer_config.json beside the tokenizer',
@@ -153,6 +163,7 @@ class SentencePieceTokenizer:
     """A SentencePiece `.model`. Its control tokens are never read out of text."""
 
     kind = "sentencepiece"
+    library = "sentencepiece"
 
     def __init__(self, file: Path) -> None:
         import sentencepiece
@@ -167,18 +178,18 @@ class SentencePieceTokenizer:
                 found=f"{len(content)} bytes ({error})",
                 allowed="a complete .model file, as tools/train_tokenizer.py writes it",
             ) from error
-        self._file = file
+        self.file = file
         self._engine: sentencepiece.SentencePieceProcessor = engine
         self.fingerprint = blake3(content).hexdigest()
         self.vocab_size = _checked_vocab_size(file, vocab_size)
-        self.control_texts = tuple(engine.id_to_piece(i) for i in range(vocab_size) if engine.is_control(i))
+        self.control_tokens = {engine.id_to_piece(i): i for i in range(vocab_size) if engine.is_control(i)}
 
     @property
     def eod(self) -> int:
         eod = int(self._engine.eos_id())
         if eod < 0:
             raise DataError(
-                f"{self._file}: the tokenizer has no end-of-document token",
+                f"{self.file}: the tokenizer has no end-of-document token",
                 found="eos_id = -1",
                 allowed="a SentencePiece model with an eos piece",
                 do="train the model with eos_id >= 0 (tools/train_tokenizer.py does)",
@@ -194,6 +205,22 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._engine.decode([int(i) for i in ids]))
+
+
+def encode_parsed(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
+    """Ids of `text` with every control token in it read as one, whatever the policy for documents.
+
+    For text that a person declared, such as a chat template. What stands between control tokens is encoded by
+    itself.
+    """
+    known = tokenizer.control_tokens
+    pattern = "|".join(re.escape(control) for control in sorted(known, key=len, reverse=True))
+    parts = re.split(f"({pattern})", text) if known else [text]
+    encoded = [
+        np.array([known[part]], dtype=np.int32) if i % 2 else tokenizer.encode_batch([part])[0]
+        for i, part in enumerate(parts)
+    ]
+    return np.concatenate(encoded)
 
 
 def tokenizer_file(path: Path) -> Path:

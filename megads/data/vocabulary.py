@@ -22,15 +22,18 @@ from pathlib import Path
 from blake3 import blake3
 
 from megads.data.corpus import write_durably
-from megads.data.preprocess import BadRecords, usable_documents
+from megads.data.part import refused
 from megads.data.progress import open_progress
-from megads.data.source import Inputs, find_inputs
+from megads.data.record import Inputs, RecordOptions
+from megads.data.source import find_inputs
+from megads.data.unit import check_inputs, plan_units, read_unit
 from megads.errors import DataError, MegadsError
 
 LINE_BYTES = 4096
 """Longer lines are cut: SentencePiece would silently leave them out."""
 MIN_VOCAB_SIZE = 3 + 256 + 1
 MAX_BYTES = 100_000_000
+UNIT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ def train_tokenizer(options: Options) -> Path:
         ) from error
     write_durably(options.output, model.getvalue())
     print(f"{options.output}: {options.vocab_size} ids from {lines.num_bytes} bytes of text")
+    if lines.num_bad:
+        print(f"{lines.num_bad} records could not be read and were left out")
     return options.output
 
 
@@ -109,23 +114,35 @@ class _Lines:
         self._share = options.max_bytes / max(1, sum(inputs.sizes))
         self.num_bytes = 0
         self.num_documents = 0
+        self.num_bad = 0
 
     def __iter__(self) -> Iterator[str]:
         progress = open_progress("read", sum(self._inputs.sizes))
-        bad = BadRecords(self._inputs, self._options.skip_bad)
+        records = RecordOptions(key=self._options.key)
+        check_inputs(self._inputs, records)
+        done = 0
         try:
-            for document in usable_documents(self._inputs, self._options.key, bad=bad):
-                progress.update(document.read_bytes, f"{self.num_documents} documents")
-                content = document.text.encode("utf-8")
-                if int.from_bytes(blake3(content).digest(8), "big") >= self._share * 2.0**64:
-                    continue
-                self.num_documents += 1
-                self.num_bytes += len(content)
-                yield from _cut_lines(document.text)
+            for unit in plan_units(self._inputs, unit_bytes=UNIT_BYTES):
+                for documents in read_unit(self._inputs, unit, options=records):
+                    if documents.bad and not self._options.skip_bad:
+                        raise refused(documents.bad[0], unit, inputs=self._inputs)
+                    self.num_bad += len(documents.bad)
+                    progress.update(done + documents.read_bytes, f"{self.num_documents} documents")
+                    yield from self._lines(documents.texts.to_pylist())
+                done += unit.size
         finally:
             progress.close()
         if not self.num_bytes:
             raise DataError("no text to learn a vocabulary from", found=f"{self.num_documents} documents")
+
+    def _lines(self, texts: Sequence[str]) -> Iterator[str]:
+        """The lines of the documents that are in the sample."""
+        for text in texts:
+            content = text.encode("utf-8")
+            if int.from_bytes(blake3(content).digest(8), "big") < self._share * 2.0**64:
+                self.num_documents += 1
+                self.num_bytes += len(content)
+                yield from _cut_lines(text)
 
 
 def _cut_lines(text: str) -> Iterator[str]:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megads.data.corpus import SOURCE_DTYPE, Corpus, CorpusWriter
+from megads.data.corpus import SOURCE_DTYPE, Corpus
+from megads.data.corpus_writer import CorpusWriter, Source
 from megads.data.indexed import IndexedWriter
+from megads.data.order import Permutation
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 WORDS = [
@@ -132,9 +134,17 @@ def counting_corpus(bare_corpus: Callable[..., str]) -> Callable[..., Corpus]:
 
 @pytest.fixture
 def full_corpus(tmp_path: Path) -> Callable[..., str]:
-    """A corpus with manifest and sources: full_corpus(name, documents, shuffle_seed) -> prefix."""
+    """A corpus with manifest and sources: full_corpus(name, documents, shuffle_seed) -> prefix.
 
-    def write(name: str, documents: Sequence[Sequence[int]], shuffle_seed: int | None = None) -> str:
+    `masks` has one mask for each document.
+    """
+
+    def write(
+        name: str,
+        documents: Sequence[Sequence[int]],
+        shuffle_seed: int | None = None,
+        masks: Sequence[Sequence[int]] | None = None,
+    ) -> str:
         prefix = str(tmp_path / name)
         facts = {
             "text_bytes": 1000,
@@ -145,16 +155,24 @@ def full_corpus(tmp_path: Path) -> Callable[..., str]:
             "vocab_size": 50000,
             "part": "all",
             "valid_fraction": None,
-            "num_inputs": 2,
+            "shuffle_seed": shuffle_seed,
             "num_empty": 0,
             "num_bad": 0,
             "bad": (),
         }
-        with CorpusWriter(prefix, np.dtype(np.uint16), shuffle_seed=shuffle_seed) as writer:
-            for number, document in enumerate(documents):
+        order = range(len(documents))
+        if shuffle_seed is not None:
+            order = Permutation(len(documents), shuffle_seed, "documents", 0)(
+                np.arange(len(documents))
+            ).tolist()
+        with CorpusWriter(prefix, np.dtype(np.uint16), has_mask=masks is not None) as writer:
+            for number in order:
+                document = np.array(documents[number], dtype=np.int64)
                 source = np.array([(number % 2, number + 1)], dtype=SOURCE_DTYPE)
-                writer.add(np.array(document, dtype=np.int64), np.array([len(document)]), sources=source)
-            writer.finish(["even.jsonl", "odd é.jsonl"], facts)
+                mask = None if masks is None else np.array(masks[number], dtype=np.uint8)
+                writer.add(document, np.array([document.size]), sources=source, mask=mask)
+            sources = [Source("even.jsonl", 10, "ab" * 32), Source("odd é.jsonl", 20, "cd" * 32)]
+            writer.finish(sources, facts)
         return prefix
 
     return write

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megads.data.corpus import SOURCE_DTYPE, Corpus, CorpusWriter, DocumentSource, open_corpora
+from megads.data.corpus import SOURCE_DTYPE, Corpus, DocumentSource, open_corpora
+from megads.data.corpus_writer import CorpusWriter
 from megads.data.indexed import IndexedReader
 from megads.errors import DataError
 
@@ -47,20 +48,6 @@ def test_sources_tell_file_and_record(full_corpus: MakeCorpus) -> None:
     os.truncate(f"{corpus.path}.src", 30)
     with pytest.raises(DataError, match=r"c\.src: damaged"):
         corpus.source(5)
-
-
-def test_shuffling_moves_documents_with_their_sources(full_corpus: MakeCorpus) -> None:
-    plain = Corpus(full_corpus("p", DOCUMENTS))
-    shuffled = Corpus(full_corpus("s", DOCUMENTS, 3))
-    shuffled.verify()
-    assert documents_of(shuffled) != DOCUMENTS
-    assert sorted(documents_of(shuffled)) == sorted(DOCUMENTS)
-    for number, document in enumerate(documents_of(shuffled)):
-        assert shuffled.source(number) == plain.source(document[0] // 100)
-    assert documents_of(Corpus(full_corpus("t", DOCUMENTS, 3))) == documents_of(shuffled)
-    assert documents_of(Corpus(full_corpus("u", DOCUMENTS, 4))) != documents_of(shuffled)
-    names = {path.name for path in Path(shuffled.path).parent.iterdir() if path.name.startswith("s.")}
-    assert names == {"s.bin", "s.idx", "s.json", "s.src"}
 
 
 def test_without_a_manifest_the_same_fingerprint_said_aloud(
@@ -147,16 +134,61 @@ def test_the_same_corpus_twice_is_refused(full_corpus: MakeCorpus) -> None:
         open_corpora([one, other, full_corpus("c", DOCUMENTS)])
 
 
-@pytest.mark.parametrize("seed", [None, 1])
-def test_a_failure_leaves_nothing_behind(seed: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_a_failure_leaves_nothing_behind(has_mask: bool, tmp_path: Path) -> None:
     source = np.array([(0, 1)], dtype=SOURCE_DTYPE)
     with (
         pytest.raises(TypeError),
-        CorpusWriter(tmp_path / "c", np.dtype(np.uint16), shuffle_seed=seed) as writer,
+        CorpusWriter(tmp_path / "c", np.dtype(np.uint16), has_mask=has_mask) as writer,
     ):
-        writer.add(np.arange(5), np.array([5]), sources=source)
-        writer.finish(["a"], {})  # facts are missing: fails after the files are sealed
+        mask = np.ones(5, dtype=np.uint8) if has_mask else None
+        writer.add(np.arange(5), np.array([5]), sources=source, mask=mask)
+        writer.finish([], {})  # facts are missing: fails after the files are sealed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mask_is_read_by_token(full_corpus: MakeCorpus) -> None:
+    masks = [[(number + j) % 2 for j in range(len(document))] for number, document in enumerate(DOCUMENTS)]
+    flat = [bit for mask in masks for bit in mask]
+    corpus = Corpus(full_corpus("c", DOCUMENTS, None, masks))
+    corpus.verify()
+    assert corpus.has_mask
+    assert corpus.read_mask(0, 180).tolist() == flat
+    assert corpus.read_mask(7, 30).tolist() == flat[7:37]
+    with pytest.raises(DataError, match="outside the corpus"):
+        corpus.read_mask(170, 11)
+    plain = Corpus(full_corpus("p", DOCUMENTS))
+    assert not plain.has_mask
+    assert plain.read_mask(3, 4).tolist() == [1, 1, 1, 1]
+
+
+def test_a_mask_of_another_corpus_is_refused(full_corpus: MakeCorpus) -> None:
+    prefix = full_corpus("c", DOCUMENTS, None, [[1] * len(document) for document in DOCUMENTS])
+    mask = Path(f"{prefix}.mask")
+    mask.write_bytes(mask.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"c\.mask: not the mask"):
+        Corpus(prefix)
+    mask.unlink()
+    with pytest.raises(DataError, match=r"c\.mask: cannot be opened"):
+        Corpus(prefix)
+    mask.write_bytes(b"\1" * 180)
+    Path(f"{prefix}.json").unlink()
+    with pytest.raises(DataError, match=r"c\.mask: a loss mask that no manifest names"):
+        Corpus(prefix)
+
+
+def test_manifests_of_the_first_format_are_read(full_corpus: MakeCorpus) -> None:
+    prefix = full_corpus("c", DOCUMENTS)
+    path = Path(f"{prefix}.json")
+    later = (
+        "num_filtered", "num_duplicates", "longest", "engine", "options", "sources", "sources_fingerprint", "job",
+        "version",
+    )  # fmt: skip
+    fields = {name: value for name, value in json.loads(path.read_text()).items() if name not in later}
+    path.write_text(json.dumps({**fields, "format": "megads-corpus-1"}))
+    manifest = Corpus(prefix).manifest
+    assert manifest is not None
+    assert (manifest.documents, manifest.engine, manifest.sources) == (60, "", ())
 
 
 def test_a_new_corpus_replaces_an_old_one_whole(full_corpus: MakeCorpus) -> None:

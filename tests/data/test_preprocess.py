@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megads.data import preprocess
+from megads.data import corpus_writer
 from megads.data.corpus import Corpus
+from megads.data.encode import Encoder
 from megads.data.preprocess import main
 from megads.data.tokenizer import open_tokenizer
 
@@ -29,7 +29,11 @@ def run(inputs: Path | list[Path], tokenizer: Path, prefix: Path, *options: str)
 
 
 def contents(prefix: Path) -> dict[str, bytes]:
-    return {suffix: Path(f"{prefix}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json", "src")}
+    return {
+        suffix: Path(f"{prefix}.{suffix}").read_bytes()
+        for suffix in ("bin", "idx", "json", "src", "mask", "bad.jsonl")
+        if Path(f"{prefix}.{suffix}").exists()
+    }
 
 
 def documents_of(prefix: Path) -> list[list[int]]:
@@ -38,33 +42,17 @@ def documents_of(prefix: Path) -> list[list[int]]:
     return [corpus.tokens.read(start, stop - start).tolist() for start, stop in ranges]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("engine", ["auto", "reference"])
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_bytes_at_any_worker_count(
-    name: str, workers: int, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        preprocess, "BATCH_BYTES", 20_000
-    )  # 27 batches, so that workers could get out of order
+def test_golden_bytes(name: str, engine: str, shared_data: Path, tmp_path: Path) -> None:
     inputs = sorted((shared_data / "valid").glob("*.jsonl"))
-    options = ("--append-eod", "--workers", str(workers))
+    if engine == "reference":
+        engine = {"gpt2": "tokenizers", "sp": "sentencepiece"}[name]
+    options = ("--append-eod", "--workers", "2", "--unit-bytes", "50000", "--engine", engine)
     assert run(inputs, shared_data / GOLDEN[name], tmp_path / "c", *options) == 0
     golden = shared_data / "golden" / f"valid_{name}_text_document"
     for suffix in ("bin", "idx"):
         assert Path(f"{tmp_path}/c.{suffix}").read_bytes() == Path(f"{golden}.{suffix}").read_bytes(), suffix
-
-
-def test_all_files_are_equal_at_any_worker_count_and_batch_size(
-    tokenizer_file: Path, jsonl: Jsonl, sentences: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = jsonl("text.jsonl", sentences)
-    options = ("--append-eod", "--shuffle-seed", "5", "--valid-fraction", "0.2")
-    assert run(path, tokenizer_file, tmp_path / "one", *options) == 0
-    for workers, batch in ((2, 300), (3, 1000)):
-        monkeypatch.setattr(preprocess, "BATCH_BYTES", batch)
-        assert run(path, tokenizer_file, tmp_path / "many", *options, "--workers", str(workers)) == 0
-        for part in ("", "_valid"):
-            assert contents(tmp_path / f"one{part}") == contents(tmp_path / f"many{part}")
 
 
 def test_documents_are_the_texts_and_empty_ones_are_counted(
@@ -121,7 +109,7 @@ def test_special_text_policies(
 
 
 def test_bad_lines_stop_the_tool_or_are_counted(
-    sp_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sp_model: Path, jsonl: Jsonl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(
@@ -129,18 +117,23 @@ def test_bad_lines_stop_the_tool_or_are_counted(
     )
     assert run(path, sp_model, tmp_path / "c") == 2
     message = capsys.readouterr().err
-    assert "t.jsonl:2: not JSON" in message
-    assert """b'{"text": "tw\\n'""" in message
+    assert "t.jsonl:2 (byte 16): not JSON" in message
+    assert """b'{"text": "tw'""" in message
     assert "Traceback" not in message
     assert sorted(file.name for file in tmp_path.iterdir()) == ["t.jsonl"]
     assert run(path, sp_model, tmp_path / "c", "--on-error", "skip") == 0
     manifest = Corpus(tmp_path / "c").manifest
     assert manifest is not None
     assert (manifest.documents, manifest.num_bad) == (3, 2)
-    assert [line.removeprefix(f"{tmp_path}/").split(":")[:2] for line in manifest.bad] == [
-        ["t.jsonl", "2"],
-        ["t.jsonl", "4"],
+    places = [line.removeprefix(f"{tmp_path}/").split(": ")[0] for line in manifest.bad]
+    assert places == ["t.jsonl:2 (byte 16)", "t.jsonl:4 (byte 47)"]
+    listed = [json.loads(line) for line in Path(f"{tmp_path}/c.bad.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["record"], line["offset"]) for line in listed] == [
+        (str(path), 2, 16),
+        (str(path), 4, 47),
     ]
+    assert run(jsonl("good.jsonl", ["good"]), sp_model, tmp_path / "c") == 0
+    assert not Path(f"{tmp_path}/c.bad.jsonl").exists()
 
 
 def test_split_is_stable_complete_and_keeps_equal_texts_together(
@@ -174,13 +167,14 @@ def test_leftovers_of_a_killed_run_do_no_harm(
 ) -> None:
     path = jsonl("t.jsonl", sentences)
     assert run(path, sp_model, tmp_path / "clean", *options) == 0
-    for suffix in ("bin.tmp", "idx.tmp", "lengths.tmp", "src.tmp", "json.tmp", "unshuffled.bin.tmp"):
+    for suffix in ("bin.tmp", "idx.tmp", "lengths.tmp", "src.tmp", "json.tmp", "mask.tmp"):
         (tmp_path / f"c.{suffix}").write_bytes(b"left over")
     assert run(path, sp_model, tmp_path / "c", *options) == 0
     assert contents(tmp_path / "c") == contents(tmp_path / "clean")
+    assert not list(tmp_path.glob("c.*tmp"))
 
 
-def test_a_full_disk_is_reported_and_nothing_is_left(
+def test_a_full_disk_is_reported_and_finished_parts_stay(
     sp_model: Path,
     jsonl: Jsonl,
     sentences: list[str],
@@ -188,14 +182,24 @@ def test_a_full_disk_is_reported_and_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(handle: int) -> None:
+    def full(file: object) -> None:
         raise OSError(28, "No space left on device")
 
     path = jsonl("t.jsonl", sentences)
-    monkeypatch.setattr(os, "fsync", full)
-    assert run(path, sp_model, tmp_path / "c") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_writer, "sync_file", full)
+        assert run(path, sp_model, tmp_path / "c") == 1
     assert "No space left on device" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["t.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["c.parts", "t.jsonl"]
+    assert run(path, sp_model, tmp_path / "c") == 0
+    assert "going on: 1 of 1 parts are there" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "c.bin",
+        "c.idx",
+        "c.json",
+        "c.src",
+        "t.jsonl",
+    ]
 
 
 def test_an_encoder_that_fails_is_not_swallowed(
@@ -204,7 +208,7 @@ def test_an_encoder_that_fails_is_not_swallowed(
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(preprocess.Encoder, "__call__", fail)
+    monkeypatch.setattr(Encoder, "__call__", fail)
     with pytest.raises(ZeroDivisionError):
         run(jsonl("t.jsonl", sentences), sp_model, tmp_path / "c", "--workers", "2")
     assert [file.name for file in tmp_path.iterdir()] == ["t.jsonl"]
@@ -222,7 +226,7 @@ def test_wrong_inputs_end_with_2_and_a_message(
         (good, good, tmp_path / "c", (), "good.jsonl: not a kind of tokenizer"),
         (good, sp_model, tmp_path / "file" / "c", (), "cannot be written"),
         (good, sp_model, tmp_path / "c", ("--special-tokens", "parse"), "parse"),
-        (good, sp_model, tmp_path / "c", ("--key", "body"), "good.jsonl:1: no key 'body'"),
+        (good, sp_model, tmp_path / "c", ("--key", "body"), "good.jsonl:1 (byte 0): no key 'body'"),
         (
             good,
             sp_model,
@@ -230,7 +234,7 @@ def test_wrong_inputs_end_with_2_and_a_message(
             ("--valid-fraction", "1e-9"),
             "the valid part of the split has no documents",
         ),
-        (empty, sp_model, tmp_path / "c", (), "no document has any text"),
+        (empty, sp_model, tmp_path / "d", (), "no document has any text"),
     ]
     for inputs, tokenizer, prefix, options, message in cases:
         assert run(inputs, tokenizer, prefix, *options) == 2, message
@@ -253,7 +257,8 @@ def test_the_summary_says_what_was_made(
     assert run(jsonl("t.jsonl", sentences), sp_model, tmp_path / "c", "--valid-fraction", "0.5") == 0
     out = capsys.readouterr().out
     manifest = json.loads(Path(f"{tmp_path}/c.json").read_text())
-    assert f"{tmp_path}/c: {manifest['documents']} documents, {manifest['tokens']} tokens" in out
+    assert f"documents  {manifest['documents']}" in out
+    assert f"tokens     {manifest['tokens']:,}" in out
     assert f"data.train={tmp_path}/c data.valid={tmp_path}/c_valid" in out
 
 
@@ -272,7 +277,7 @@ def test_the_command_itself(sp_model: Path, tmp_path: Path) -> None:
     ]
     result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "bad.jsonl:1: not JSON" in result.stderr
+    assert "bad.jsonl:1 (byte 0): not JSON" in result.stderr
     assert "Traceback" not in result.stderr
     for tool in ("preprocess_data.py", "train_tokenizer.py"):
         shown = subprocess.run(

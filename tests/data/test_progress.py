@@ -20,7 +20,7 @@ def test_plain_lines_tell_share_note_and_time_left(
     for done in (500_000, 1_000_000, 1_100_000):  # after 1, 20 and 21 seconds
         progress.update(done, "7 documents")
     progress.close()
-    assert capsys.readouterr().err == "read: 25% of 4.0 MB, 7 documents, 60 s left\n"
+    assert capsys.readouterr().err == "read: 25% of 4.0 MB, 0.1 MB/s, 7 documents, 60 s left\n"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,10 +45,10 @@ def test_special_text_stays_text_by_default(hf_tokenizer: Path, sp_model: Path) 
         open_tokenizer(sp_model, special_tokens="parse")
 
 
-def test_end_of_document_and_control_texts(hf_tokenizer: Path, sp_model: Path) -> None:
+def test_end_of_document_and_control_tokens(hf_tokenizer: Path, sp_model: Path) -> None:
     sp, hf = open_tokenizer(sp_model), open_tokenizer(hf_tokenizer)
-    assert (sp.kind, sp.eod, sp.control_texts) == ("sentencepiece", 2, ("<s>", "</s>"))
-    assert (hf.kind, hf.eod, hf.control_texts) == ("huggingface", 0, ("<|endoftext|>",))
+    assert (sp.kind, sp.eod, sp.control_tokens) == ("sentencepiece", 2, {"<s>": 1, "</s>": 2})
+    assert (hf.kind, hf.eod, hf.control_tokens) == ("huggingface", 0, {"<|endoftext|>": 0})
 
 
 @pytest.mark.parametrize("named", ["the", {"content": "the"}])

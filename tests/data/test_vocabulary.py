@@ -67,7 +67,7 @@ def test_wrong_inputs_end_with_2_and_a_message(
     assert "no text" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text("{")
     assert train(tmp_path / "bad.jsonl", tmp_path / "a", 300) == 2
-    assert "bad.jsonl:1: not JSON" in capsys.readouterr().err
+    assert "bad.jsonl:1 (byte 0): not JSON" in capsys.readouterr().err
     for argv in (
         ["--vocab-size", "100", "--output-prefix", "x"],
         ["--vocab-size", "300", "--output", "x.json"],
