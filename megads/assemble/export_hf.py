@@ -29,7 +29,7 @@ from megads.checkpoint.retention import steps_at
 from megads.checkpoint.store import Store, write_file
 from megads.config.load import load_text
 from megads.config.root import Config
-from megads.data.blend import Segment, tokens_by
+from megads.data.segment import Segment, tokens_by
 from megads.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_file
 from megads.data.tokenizer_json import tokenizer_json
 from megads.errors import CheckpointError, DataError

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megads.assemble.changes import curriculum_of, ramp_of
 from megads.config.data import CorpusConfig, DataConfig
 from megads.config.root import Config
-from megads.data.blend import CorpusShare, Segment
+from megads.data.blend import temperature_weights
 from megads.data.corpus import Corpus, open_corpora
 from megads.data.loader import Loader, ValidLoader
-from megads.data.sequence import Packing
+from megads.data.origin import warning_of_order
+from megads.data.plan import plan_history
+from megads.data.prefetch import Prefetcher
+from megads.data.segment import CorpusShare, Segment
+from megads.data.sequence import Batch, Packing
 from megads.data.tokenizer import Tokenizer, open_tokenizer
 from megads.errors import ConfigError
 from megads.parallel.mesh import Mesh
+
+_log = logging.getLogger("megads.data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +90,50 @@ def corpus_shares(data: DataConfig) -> tuple[CorpusConfig, ...]:
     return tuple(CorpusConfig(path=item) if isinstance(item, str) else item for item in listed)
 
 
-def wanted_segment(config: Config, source: Source, *, first_step: int) -> Segment:
-    """The row of history that the config asks for from `first_step` on."""
-    return Segment(
+def warn_of_order(source: Source) -> None:
+    """Say which training corpora look as if their documents were never shuffled."""
+    for corpus in source.train:
+        if warning := warning_of_order(corpus):
+            _log.warning("%s", warning)
+
+
+def wanted_history(
+    config: Config, source: Source, *, saved: Sequence[Segment], first_step: int
+) -> tuple[Segment, ...]:
+    """The history of the whole run: what was `saved`, then from `first_step` on what the config asks for.
+
+    Raises:
+        DataError: the run cannot go on from `saved`.
+    """
+    weights = [share.weight for share in source.shares]
+    if config.data.temperature is not None:
+        sizes = [corpus.num_tokens for corpus in source.train]
+        factors = temperature_weights(sizes, config.data.temperature)
+        weights = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+    wanted = Segment(
         first_step=first_step,
         batch_size=config.batch.global_size,
         sequence_length=config.data.sequence_length,
         page=config.data.page or config.data.sequence_length,
         corpora=tuple(
-            CorpusShare(share.path, corpus.fingerprint, share.weight)
-            for share, corpus in zip(source.shares, source.train, strict=True)
+            CorpusShare(corpus.path, corpus.fingerprint, weight)
+            for corpus, weight in zip(source.train, weights, strict=True)
         ),
+        packing=config.data.packing,
+    )
+    return plan_history(
+        saved,
+        wanted,
+        ramp=ramp_of(config.batch),
+        curriculum=curriculum_of(config.data),
+        last_step=config.run.steps,
     )
 
 
 def build_loader(config: Config, source: Source, *, history: Sequence[Segment], mesh: Mesh) -> Loader:
-    """Training batches of this data-parallel rank."""
+    """Training batches of this data-parallel rank; only ranks with the first or the last stage read tokens."""
     group = mesh.group("dp")
+    stages = mesh.layout.stages_of(mesh.group("pp").rank)
     return Loader(
         source.train,
         history,
@@ -106,7 +141,18 @@ def build_loader(config: Config, source: Source, *, history: Sequence[Segment], 
         packing=source.packing,
         dp_rank=group.rank,
         dp_size=group.size,
+        reads_tokens=0 in stages or mesh.layout.num_stages - 1 in stages,
     )
+
+
+def prefetch(loader: Loader, steps: range, *, depth: int, mesh: Mesh) -> Prefetcher:
+    """The batches of `steps`, made ahead by a thread, in page-locked memory if the device is a GPU."""
+
+    def make(step: int) -> Batch:
+        batch = loader.batch(step)
+        return batch.pin_memory() if mesh.device.type == "cuda" else batch
+
+    return Prefetcher(make, steps, depth=depth)
 
 
 def build_valid_loader(config: Config, corpus: Corpus, *, packing: Packing, mesh: Mesh) -> ValidLoader:

@@ -1,28 +1,18 @@
-"""The history of a run and the weighted blend: which tokens of which corpus sample i of a segment reads.
+"""The weighted blend: which corpus sample i of a mix comes from, and the how manieth of that corpus it is.
 
-Lives here: `Segment`, how a history grows, and the arithmetic from (segment, step) to token ranges of corpus
-streams. Does not live here: the order of pages within a corpus (order) and reading (loader).
-
-    history       segment 0              segment 1: other batch, length, mix or corpora      segment 2
-    steps         1 ..................99 100 ........................................... 249 250 ...
-    corpus A      cursor 0               cursor 811008 (tokens of A's page stream)           cursor ...
-
-A corpus' stream is its pages, one epoch's permutation after another, seen as one line of tokens. A cursor
-counts tokens on that line. Sample j of a corpus within a segment is [cursor + j * length, cursor + (j + 1) *
-length): so a page that a segment leaves half used is continued by the next one, and nothing is lost or
-repeated whatever changes.
+Lives here: the arithmetic, both ways. Does not live here: when a mix changes (segment) and the order of pages within a
+corpus (order).
 
 The blend is exact and needs no index: corpora are the leaves of a balanced binary tree, and at each node
-round(i * share of the left side) of its first i samples go left. So among the first i samples of a segment a
-corpus has its due share to within half a sample for each level of the tree (two corpora: 1/2, up to four: 1).
+round(i * share of the left side) of its first i samples go left. So among the first i samples of a mix a corpus has
+its due share to within half a sample for each level of the tree (two corpora: 1/2, up to four: 1).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,87 +21,6 @@ from megads.errors import DataError
 
 SHARE_BITS = 32
 """A share at a node is a multiple of 2 ** -SHARE_BITS."""
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusShare:
-    """One corpus in a segment. Weight 0: out of the mix for now, its cursor kept."""
-
-    path: str
-    fingerprint: str
-    weight: float
-    cursor: int = 0
-    """Tokens of the corpus' page stream that earlier segments consumed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of steps, from `first_step` on, in which nothing about the data changes."""
-
-    first_step: int
-    batch_size: int
-    """Samples of one step, over all ranks."""
-    sequence_length: int
-    page: int
-    """Tokens of the unit that is permuted; the same in all segments of a history."""
-    corpora: tuple[CorpusShare, ...]
-    skipped: tuple[tuple[int, int], ...] = ()
-    """Ranges [start, stop) of this segment's samples that no step reads; ascending, disjoint."""
-
-    def __post_init__(self) -> None:
-        sizes = (self.first_step, self.batch_size, self.sequence_length, self.page)
-        if not all(type(size) is int and size >= 1 for size in sizes):
-            raise DataError("impossible segment", found=self, allowed="whole steps and sizes, 1 or more")
-        if self.page % self.sequence_length and self.sequence_length % self.page:
-            raise DataError(
-                "data.sequence_length and data.page do not fit",
-                found=f"sequence_length {self.sequence_length}, page {self.page}",
-                allowed="a sample is a whole number of pages, or an equal cut of one",
-            )
-        edges = [edge for pair in self.skipped for edge in pair]
-        if edges != sorted(edges) or min(edges, default=0) < 0:
-            raise DataError("skipped ranges are not ascending and disjoint", found=self.skipped)
-        if not all(type(share.cursor) is int and share.cursor >= 0 for share in self.corpora):
-            raise DataError("impossible cursor of a corpus", found=self.corpora, allowed="0 or more tokens")
-        self.blend()  # refuses impossible weights
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able value; `from_dict` is its inverse."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> Segment:
-        """Rebuild a segment. Raises DataError where a field is missing, unknown or impossible."""
-        try:
-            fields = dict(value)
-            fields["corpora"] = tuple(CorpusShare(**share) for share in fields["corpora"])
-            fields["skipped"] = tuple((int(start), int(stop)) for start, stop in fields.get("skipped", ()))
-            return Segment(**fields)
-        except (TypeError, KeyError, ValueError) as error:
-            raise DataError("a segment of the history cannot be read", found=error) from error
-
-    def samples(self, step: int, *, start: int, stop: int) -> NDArray[np.int64]:
-        """Numbers within the segment of the samples `start..stop-1` of a step's batch, int64."""
-        first = (step - self.first_step) * self.batch_size
-        return self._unskipped(np.arange(first + start, first + stop, dtype=np.int64))
-
-    def cursors(self, step: int) -> tuple[int, ...]:
-        """The cursor of each corpus when `step` (>= first_step) begins, in tokens."""
-        num_samples = int(self.samples(step, start=0, stop=1)[0])
-        counts = self.blend().counts(num_samples)
-        return tuple(
-            share.cursor + count * self.sequence_length
-            for share, count in zip(self.corpora, counts, strict=True)
-        )
-
-    def blend(self) -> Blend:
-        """The blend of this segment's weights."""
-        return Blend(tuple(share.weight for share in self.corpora))
-
-    def _unskipped(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        for start, stop in self.skipped:
-            numbers = np.where(numbers >= start, numbers + (stop - start), numbers)
-        return numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +72,19 @@ class Blend:
             to_left = int(_num_left(np.array([number], dtype=np.int64), self._share(leaves))[0])
             pending += [(left, to_left), (right, number - to_left)]
         return tuple(counts)
+
+    def number(self, corpus: int, index: int) -> int:
+        """The number of the sample that is sample `index` of `corpus`: the inverse of `assign`."""
+        path = []
+        leaves = self._mixed()
+        while len(leaves) > 1:
+            left, right = _halves(leaves)
+            share = self._share(leaves)
+            path.append((corpus in left, share))
+            leaves = left if corpus in left else right
+        for is_left, share in reversed(path):
+            index = _number_of(index, share if is_left else (1 << SHARE_BITS) - share, is_left=is_left)
+        return index
 
     def _mixed(self) -> tuple[int, ...]:
         return tuple(i for i, weight in enumerate(self.weights) if weight > 0)
@@ -219,89 +141,21 @@ def _num_left(numbers: NDArray[np.int64], share: int) -> NDArray[np.int64]:
     return (high * factor + rounded).astype(np.int64)
 
 
-def segment_at(history: Sequence[Segment], step: int) -> Segment:
-    """The segment that `step` belongs to. Raises DataError before the first."""
-    for segment in reversed(history):
-        if segment.first_step <= step:
-            return segment
-    raise DataError("the history has no segment for this step", found=step, allowed="a step from 1")
+def _number_of(index: int, share: int, *, is_left: bool) -> int:
+    """The sample of a node that is sample `index` of one side, whose part is `share` * 2 ** -SHARE_BITS.
 
-
-def tokens_by(history: Sequence[Segment], step: int) -> int:
-    """Tokens that steps 1 .. `step` read."""
-    total = 0
-    for number, segment in enumerate(history):
-        following = history[number + 1].first_step if number + 1 < len(history) else step + 1
-        num_steps = min(following, step + 1) - segment.first_step
-        total += max(0, num_steps) * segment.batch_size * segment.sequence_length
-    return total
-
-
-def extend_history(history: Sequence[Segment], wanted: Segment) -> tuple[Segment, ...]:
-    """The history of a run that goes on as `wanted` from step `wanted.first_step`.
-
-    Later segments are cut off (the run resumes before them). If nothing differs, no row is added. The cursors
-    of `wanted` are ignored: each corpus goes on where it stood, a new one at 0, and one that left the mix is
-    kept with weight 0.
-
-    Raises:
-        DataError: the page changed, or a corpus' files are not those the run began with.
+    Of the first n the left side has floor(n * share + 1/2), the right side what is left: ceil(n * share - 1/2).
     """
-    kept = tuple(segment for segment in history if segment.first_step < wanted.first_step)
-    replaced = [segment for segment in history if segment.first_step == wanted.first_step]
-    if not kept and not replaced:
-        if wanted.first_step != 1:
-            raise DataError("a history begins with step 1", found=wanted.first_step, allowed=1)
-        return (wanted,)
-    last = replaced[0] if replaced else kept[-1]
-    if last.page != wanted.page:
-        raise DataError(
-            "data.page cannot change during a run",
-            found=wanted.page,
-            allowed=last.page,
-            do="keep data.page (null means data.sequence_length; set it when the sequence length changes)",
-        )
-    _check_same_files(last, wanted)
-    cursors = last.cursors(wanted.first_step)
-    stood = {share.fingerprint: cursor for share, cursor in zip(last.corpora, cursors, strict=True)}
-    shares = [
-        CorpusShare(share.path, share.fingerprint, share.weight, stood.get(share.fingerprint, 0))
-        for share in wanted.corpora
-    ]
-    present = {share.fingerprint for share in shares}
-    shares += [
-        CorpusShare(share.path, share.fingerprint, 0.0, stood[share.fingerprint])
-        for share in last.corpora
-        if share.fingerprint not in present
-    ]
-    if not wanted.skipped and _plan(last) == _plan(wanted, shares):
-        return (*kept, *replaced)
-    segment = Segment(
-        wanted.first_step,
-        wanted.batch_size,
-        wanted.sequence_length,
-        wanted.page,
-        tuple(shares),
-        wanted.skipped,
-    )
-    return (*kept, segment)
+    half = 1 << (SHARE_BITS - 1)
+    if is_left:
+        return -(-(((index + 1) << SHARE_BITS) - half) // share) - 1
+    return ((index << SHARE_BITS) + half) // share
 
 
-def _plan(segment: Segment, shares: Sequence[CorpusShare] | None = None) -> tuple[object, ...]:
-    """What two segments must share so that the second need not be written down."""
-    corpora = segment.corpora if shares is None else shares
-    weights = tuple((share.fingerprint, share.weight) for share in corpora)
-    return segment.batch_size, segment.sequence_length, weights
+def temperature_weights(sizes: Sequence[int], temperature: float) -> tuple[float, ...]:
+    """Relative weights size ** (1 / temperature): 1 is by size, a high temperature is nearly alike (mT5, section 3.1).
 
-
-def _check_same_files(last: Segment, wanted: Segment) -> None:
-    began = {share.path: share.fingerprint for share in last.corpora}
-    for share in wanted.corpora:
-        expected = began.get(share.path, share.fingerprint)
-        if expected != share.fingerprint:
-            raise DataError(
-                f"{share.path}: the corpus is not the one this run began with",
-                found=f"fingerprint {share.fingerprint[:16]}",
-                allowed=f"fingerprint {expected[:16]}",
-                do="put the old files back, or give the new corpus another name and list both",
-            )
+    Twelve digits are kept, so that the last bit of a host's pow() does not matter.
+    """
+    largest = max(sizes)
+    return tuple(float(f"{(size / largest) ** (1.0 / temperature):.12g}") for size in sizes)

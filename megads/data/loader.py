@@ -1,10 +1,9 @@
 """Loaders: (corpora, seed, history, step) -> this data-parallel rank's rows of the step's batch.
 
 Lives here: following a sample from its number to bytes on disk, for training and for held-out data. Does not
-live here: the arithmetic (blend, order) and the look of a row (sequence).
+live here: the arithmetic (sampler) and the look of a row (sequence).
 
-    step --history--> segment --blend--> corpus, place in its page stream
-                              --order--> pages of the corpus --pread--> spans --pack--> Batch
+    step --sampler--> ranges of tokens of corpora --pread--> spans --pack--> Batch
 
     rank d of D gets the rows [d * G / D, (d + 1) * G / D) of the G rows of the batch, so the batch itself
     does not depend on D. There is no state: any step can be asked for at any time, and resuming is asking for
@@ -15,39 +14,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megads.data.blend import Segment, segment_at
-from megads.data.corpus import Corpus, DocumentSource, check_ids
-from megads.data.order import PageStream
+from megads.data.corpus import Corpus, check_ids
+from megads.data.sampler import Sampler
+from megads.data.segment import Segment, segment_at
 from megads.data.sequence import Batch, Packing, Span, pack
+from megads.data.stream import TokenRange
 from megads.errors import DataError, LayoutError
 
 logger = logging.getLogger("megads.data")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRange:
-    """Tokens [start, stop) of a corpus, read as inputs by one sample."""
-
-    corpus: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class SampleOrigin:
-    """Where one stretch of a sample came from."""
-
-    sample: int
-    tokens: TokenRange
-    first_document: int
-    last_document: int
-    source: DocumentSource | None
-    """File and record of the first document, where the corpus has a PREFIX.src."""
 
 
 class Loader:
@@ -59,6 +36,8 @@ class Loader:
         seed: chooses the order of pages.
         packing: how rows are made.
         dp_rank, dp_size: which part of each batch is this rank's.
+        reads_tokens: whether tokens and labels are read; else they are 0, and what remains of a batch is right:
+            positions, documents, and the mask.
 
     Raises:
         DataError: a corpus of the history is not among `corpora`, or is shorter than a page.
@@ -74,72 +53,45 @@ class Loader:
         packing: Packing,
         dp_rank: int,
         dp_size: int,
+        reads_tokens: bool = True,
     ) -> None:
-        self._history = tuple(history)
         self._packing = packing
         self._dp_rank = dp_rank
         self._dp_size = dp_size
-        self._corpora: Mapping[str, Corpus] = {corpus.fingerprint: corpus for corpus in corpora}
-        self._streams: dict[str, PageStream] = {}
-        for segment in self._history:
-            for share in segment.corpora:
-                if share.weight > 0 and share.fingerprint in self._corpora:
-                    num_pages = self._corpora[share.fingerprint].num_pages(segment.page)
-                    self._streams[share.fingerprint] = PageStream(num_pages, seed, share.fingerprint)
-        self._check_rows(self._history[-1])
-        self._check_present(self._history[-1])
+        self.reads_tokens = reads_tokens or packing.eod_mask_loss  # the mask depends on the tokens
+        self._sampler = Sampler(corpora, history, seed=seed)
+        self._check_rows(history[-1])
 
     def batch(self, step: int) -> Batch:
-        """This rank's rows of the batch of `step` (from 1). Raises DataError for unreadable data."""
-        segment = segment_at(self._history, step)
+        """This rank's rows of the batch of `step` (from 1).
+
+        Raises:
+            DataError: unreadable data; names corpus, sample and step.
+        """
+        segment = segment_at(self._sampler.history, step)
         self._check_rows(segment)
         num_rows = segment.batch_size // self._dp_size
         first = self._dp_rank * num_rows
-        rows = [
-            [self._read(token_range) for token_range in row]
-            for row in self._ranges(segment, step, first, first + num_rows)
-        ]
+        ranges = self._sampler.ranges(step, start=first, stop=first + num_rows)
+        rows = [self._read(row, sample=first + number, step=step) for number, row in enumerate(ranges)]
         return pack(
             rows, self._packing, sequence_length=segment.sequence_length, first_sample=first, step=step
         )
 
-    def documents(self, step: int) -> tuple[SampleOrigin, ...]:
-        """Which documents all ranks read in `step`, stretch by stretch."""
-        segment = segment_at(self._history, step)
-        origins: list[SampleOrigin] = []
-        for sample, row in enumerate(self._ranges(segment, step, 0, segment.batch_size)):
-            for token_range in row:
-                corpus = self._corpora[token_range.corpus]
-                first = corpus.tokens.document_at(token_range.start)
-                last = corpus.tokens.document_at(token_range.stop - 1)
-                named = TokenRange(corpus.path, token_range.start, token_range.stop)
-                origins.append(SampleOrigin(sample, named, first, last, corpus.source(first)))
-        return tuple(origins)
-
-    def _ranges(self, segment: Segment, step: int, start: int, stop: int) -> list[list[TokenRange]]:
-        """Token ranges of rows start..stop-1 of the step's global batch."""
-        self._check_present(segment)
-        assignment = segment.blend().assign(segment.samples(step, start=start, stop=stop))
-        rows: list[list[TokenRange]] = [[] for _ in range(stop - start)]
-        for number, share in enumerate(segment.corpora):
-            chosen = np.flatnonzero(assignment.corpus == number)
-            if not chosen.size:
-                continue
-            begins = share.cursor + assignment.index[chosen] * segment.sequence_length  # [rows of corpus]
-            found = stream_ranges(
-                self._streams[share.fingerprint],
-                begins,
-                corpus=share.fingerprint,
-                page=segment.page,
-                length=segment.sequence_length,
-            )
-            for row, ranges in zip(chosen.tolist(), found, strict=True):
-                rows[row] = ranges
-        return rows
-
-    def _read(self, token_range: TokenRange) -> Span:
-        corpus = self._corpora[token_range.corpus]
-        return read_span(corpus, start=token_range.start, stop=token_range.stop, packing=self._packing)
+    def _read(self, row: Sequence[TokenRange], *, sample: int, step: int) -> list[Span]:
+        try:
+            return [
+                read_span(
+                    self._sampler.corpora[part.corpus],
+                    start=part.start,
+                    stop=part.stop,
+                    packing=self._packing,
+                    reads_tokens=self.reads_tokens,
+                )
+                for part in row
+            ]
+        except DataError as error:
+            raise DataError(f"sample {sample} of step {step}: {error}") from error
 
     def _check_rows(self, segment: Segment) -> None:
         if segment.batch_size % self._dp_size:
@@ -149,18 +101,9 @@ class Loader:
                 allowed=f"a multiple of {self._dp_size}",
             )
 
-    def _check_present(self, segment: Segment) -> None:
-        for share in segment.corpora:
-            if share.weight > 0 and share.fingerprint not in self._streams:
-                raise DataError(
-                    f"{share.path}: the history of this run needs a corpus that is not given",
-                    found=", ".join(corpus.path for corpus in self._corpora.values()),
-                    allowed=f"the corpus with fingerprint {share.fingerprint[:16]} among data.train",
-                )
-
 
 class ValidLoader:
-    """Held-out data, in order: every token of a corpus but the first is a label exactly once.
+    """Held-out data, in order: every token of a corpus but the first is a label exactly once, if it counts as one.
 
     Windows of `sequence_length` follow one another, each read afresh (no context from the window before); the
     last is padded with mask False. Every rank has the same number of batches, the last filled up with rows of
@@ -200,8 +143,9 @@ class ValidLoader:
 
     @property
     def text_bytes(self) -> int | None:
-        """UTF-8 bytes of the whole corpus' text, for bits per byte; None without a manifest."""
-        return self.corpus.text_bytes
+        """UTF-8 bytes of the whole corpus' text, for bits per byte; None where no manifest tells, or only part of the
+        text is predicted."""
+        return None if self.corpus.has_mask else self.corpus.text_bytes
 
     def batch(self, number: int) -> Batch:
         """This rank's rows of batch `number` (0..num_batches-1); its `step` is number + 1."""
@@ -226,46 +170,26 @@ class ValidLoader:
         return self.num_batches
 
 
-def read_span(corpus: Corpus, *, start: int, stop: int, packing: Packing) -> Span:
+def read_span(corpus: Corpus, *, start: int, stop: int, packing: Packing, reads_tokens: bool = True) -> Span:
     """Inputs [start, stop) of a corpus and their labels. Raises DataError for ids outside the vocabulary."""
-    tokens = corpus.tokens.read(start, stop - start + 1)
-    check_ids(corpus, tokens, vocab_size=packing.vocab_size, start=start)
-    if not packing.document_mask:
-        return Span(tokens, starts=np.empty(0, dtype=np.int64))
-    return Span(tokens, starts=corpus.tokens.document_starts(start, stop) - start)
-
-
-def stream_ranges(
-    stream: PageStream, begins: NDArray[np.int64], *, corpus: str, page: int, length: int
-) -> list[list[TokenRange]]:
-    """The corpus tokens behind [begin, begin + length) of a page stream, for each begin; split at page edges.
-
-    Neighbours in the stream that are neighbours in the corpus too are joined, so no document is cut there.
-    """
-    first, last = begins // page, (begins + length - 1) // page
-    counts = last - first + 1
-    offsets = np.cumsum(counts) - counts
-    numbers = np.arange(int(counts.sum())) + np.repeat(first - offsets, counts)
-    placed = stream.pages(numbers)
-    rows: list[list[TokenRange]] = []
-    for begin, offset, count in zip(begins.tolist(), offsets.tolist(), counts.tolist(), strict=True):
-        ranges: list[TokenRange] = []
-        for number, where in zip(
-            numbers[offset : offset + count].tolist(), placed[offset : offset + count].tolist(), strict=True
-        ):
-            edge = number * page
-            start = where * page + max(begin - edge, 0)
-            stop = where * page + min(begin + length - edge, page)
-            if ranges and ranges[-1].stop == start:
-                ranges[-1] = TokenRange(corpus, ranges[-1].start, stop)
-            else:
-                ranges.append(TokenRange(corpus, start, stop))
-        rows.append(ranges)
-    return rows
+    if reads_tokens:
+        tokens = corpus.tokens.read(start, stop - start + 1)
+        check_ids(corpus, tokens, vocab_size=packing.vocab_size, start=start)
+    else:
+        tokens = np.zeros(stop - start + 1, dtype=np.uint16)
+    counts = corpus.read_mask(start + 1, stop - start).view(np.bool_) if corpus.has_mask else None
+    starts = np.empty(0, dtype=np.int64)
+    if packing.document_mask:
+        starts = corpus.tokens.document_starts(start, stop) - start
+    return Span(tokens, starts, counts)
 
 
 def check_epochs(
-    history: Sequence[Segment], corpora: Sequence[Corpus], *, last_step: int, max_epochs: Mapping[str, float]
+    history: Sequence[Segment],
+    corpora: Sequence[Corpus],
+    *,
+    last_step: int,
+    max_epochs: Mapping[str, float],
 ) -> None:
     """Refuse a run that would read a corpus too often, before it starts.
 
@@ -278,12 +202,14 @@ def check_epochs(
     Raises:
         DataError: naming the corpus, what the run would need and what there is.
     """
-    segment = segment_at(history, last_step)
-    cursors = segment.cursors(last_step + 1)
-    needed = {share.fingerprint: cursor for share, cursor in zip(segment.corpora, cursors, strict=True)}
+    shares = segment_at(history, last_step).shares(last_step + 1)
+    needed = {share.fingerprint: share.cursor - share.num_resting for share in shares}
+    streams = Sampler(corpora, history, seed=0).streams
     for corpus in corpora:
+        if corpus.fingerprint not in streams:
+            continue
         limit = max_epochs.get(corpus.path)
-        epoch = corpus.num_pages(segment.page) * segment.page
+        epoch = streams[corpus.fingerprint].epoch
         tokens = needed.get(corpus.fingerprint, 0)
         if tokens > epoch:
             logger.info("%s: %.2f epochs by step %d", corpus.path, tokens / epoch, last_step)

@@ -59,6 +59,19 @@ class Permutation:
             outside = outside[walked >= size]
         return placed.astype(np.int64).reshape(np.shape(indices))
 
+    def inverse(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The indices that stand at `places` (any shape, each in 0..size-1), int64."""
+        half = max(1, ((self.size - 1).bit_length() + 1) // 2)
+        keys = self._round_keys()
+        size = np.uint64(self.size)
+        found = _unfeistel(np.atleast_1d(places).astype(np.uint64).ravel(), half=half, keys=keys)
+        outside = np.flatnonzero(found >= size)
+        while outside.size:
+            walked = _unfeistel(found[outside], half=half, keys=keys)
+            found[outside] = walked
+            outside = outside[walked >= size]
+        return found.astype(np.int64).reshape(np.shape(places))
+
     def _round_keys(self) -> NDArray[np.uint64]:
         label = f"megads order\0{self.seed}\0{self.name}\0{self.epoch}\0{self.size}"
         digest = hashlib.blake2b(label.encode("utf-8"), digest_size=8 * NUM_ROUNDS).digest()
@@ -71,13 +84,27 @@ def _feistel(values: NDArray[np.uint64], *, half: int, keys: NDArray[np.uint64])
     mask = np.uint64((1 << half) - 1)
     left, right = values >> width, values & mask
     for key in keys:
-        mixed = (right ^ key) * MULTIPLIERS[0]
-        mixed ^= mixed >> np.uint64(29)
-        mixed *= MULTIPLIERS[1]
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= MULTIPLIERS[0]
-        left, right = right, left ^ (mixed >> drop)
+        left, right = right, left ^ (_mixed(right, key) >> drop)
     return (left << width) | right
+
+
+def _unfeistel(values: NDArray[np.uint64], *, half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The inverse of `_feistel`: its rounds backwards."""
+    width, drop = np.uint64(half), np.uint64(64 - half)
+    left, right = values >> width, values & np.uint64((1 << half) - 1)
+    for key in keys[::-1]:
+        left, right = right ^ (_mixed(left, key) >> drop), left
+    return (left << width) | right
+
+
+def _mixed(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    """F of a round: 64 bits of which the upper ones are used."""
+    mixed = (values ^ key) * MULTIPLIERS[0]
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= MULTIPLIERS[1]
+    mixed ^= mixed >> np.uint64(32)
+    mixed *= MULTIPLIERS[0]
+    return mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +124,11 @@ class PageStream:
             permutation = Permutation(self.num_pages, self.seed, self.name, int(epoch))
             placed[chosen] = permutation(within[chosen])
         return placed
+
+    def places(self, page: int, *, num_epochs: int) -> NDArray[np.int64]:
+        """Where `page` stands in each of the first epochs: [num_epochs] numbers of the stream, int64."""
+        within = [
+            Permutation(self.num_pages, self.seed, self.name, epoch).inverse(np.array([page]))
+            for epoch in range(num_epochs)
+        ]
+        return np.array(within, dtype=np.int64).ravel() + self.num_pages * np.arange(num_epochs)

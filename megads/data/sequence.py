@@ -1,11 +1,12 @@
-"""The one Batch, and concatenate-and-cut packing: spans of tokens -> rows of tokens, labels, mask, positions.
+"""The one Batch, and how it is packed: spans of tokens -> rows of tokens, labels, mask, positions.
 
 Lives here: what a row looks like. Does not live here: which tokens stand in it (blend, order, loader).
 
     span          t0 t1 t2 t3 | t4      `count` inputs, and one token more that is only a label
     tokens        t0 t1 t2 t3           spans of a row follow one another
     labels        t1 t2 t3 t4           the token that truly follows in the corpus, also at a span's end
-    mask          1  1  1  1            0: padding, and with eod_mask_loss where the input is end-of-document
+    mask          1  1  1  1            0: padding, labels that PREFIX.mask leaves out, and with eod_mask_loss where
+                                        the input is end-of-document
     positions     0  1  2  3            with document_mask again from 0 where a document or a span begins
     document_ids  0  0  1  1            with document_mask: which part of the row; attention stays inside
 
@@ -112,6 +113,10 @@ class Batch:
         columns = None if self.columns is None else self.columns.to(device, non_blocking=True)
         return replace(moved, columns=columns)
 
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a copy to a GPU runs beside the host."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """With every tensor that has one entry or row a sample changed, `document_ids` aside."""
         return replace(
@@ -154,6 +159,8 @@ class Span:
     """[count + 1]; the last is only a label"""
     starts: NDArray[np.int64]
     """Places in 0..count-1 where a document begins; ignored without document_mask"""
+    counts: NDArray[np.bool_] | None = None
+    """[count] whether the label at a place counts in the loss; None: all do"""
 
 
 def pack(
@@ -174,7 +181,7 @@ def pack(
             start, end = end, end + span.tokens.size - 1
             tokens[row, start:end] = span.tokens[:-1]
             labels[row, start:end] = span.tokens[1:]
-            mask[row, start:end] = True
+            mask[row, start:end] = True if span.counts is None else span.counts
             begins[row, start] = True
             begins[row, start + span.starts] = True
         if end < sequence_length:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megads.data.blend import Segment, segment_at
-from megads.data.blend import tokens_by as tokens_by  # of the same family as tokens_of
+from megads.data.segment import Segment, segment_at
+from megads.data.segment import tokens_by as tokens_by  # of the same family as tokens_of
 from megads.errors import CheckpointError
 
 

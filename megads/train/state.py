@@ -11,7 +11,7 @@ import torch
 import megads
 from megads.config.load import dump, tree
 from megads.config.root import Config
-from megads.data.blend import Segment
+from megads.data.segment import Segment
 from megads.errors import ConfigError
 from megads.optim.engine import Engine
 from megads.parallel.control import Control

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from megads.checkpoint.preflight import check_writable
 from megads.config.checkpoint import CheckpointConfig
 from megads.config.load import dump, load
 from megads.config.root import Config
-from megads.data.blend import Segment, extend_history
 from megads.data.loader import check_epochs
+from megads.data.segment import Segment, segment_at
+from megads.data.sequence import Batch
 from megads.errors import NumericsError
 from megads.evaluate.generate import Generator, Sampling
 from megads.evaluate.perplexity import evaluate
@@ -38,10 +39,12 @@ from megads.parallel.bootstrap import connect, device_of, disconnect
 from megads.parallel.control import Control
 from megads.parallel.mesh import Mesh, build_mesh
 from megads.parallel.place import discover
+from megads.pipeline.executor import Executor
 from megads.train import history as run_history
 from megads.train import state
 from megads.train.lock import locked
-from megads.train.metrics import peak_memory, peak_tflops
+from megads.train.metrics import expert_metrics, peak_memory, peak_tflops
+from megads.train.replica import check_replicas
 from megads.train.report import Reporter, short_names
 from megads.train.stop import SAVED, StopRequest
 
@@ -106,6 +109,7 @@ class Trainer:
         self._config = wiring.resolved(config, self._model.spec)
         self._engine = wiring.build_engine(config, self._model, mesh=self._mesh)
         self._executors = wiring.build_executors(config, self._model, mesh=self._mesh)
+        self._batch_size = config.batch.global_size  # of the training executor
         self._dir = Path(config.run.dir)
         self._checkpoints = self._dir / "checkpoints"
         self._saver = Saver(save_plan(config.checkpoint, self._checkpoints), control=control.duplicate())
@@ -140,15 +144,19 @@ class Trainer:
         if self._stop.is_agreed:
             return done
         loader = source.build_loader(self._config, self._source, history=history, mesh=self._mesh)
+        steps = range(done + 1, self._last_step + 1)
+        batches = source.prefetch(loader, steps, depth=self._config.data.prefetch, mesh=self._mesh)
         pending: _Pending | None = None
         bar = log.Progress("training", total=self._config.run.steps, done=done, is_shown=self._speaks)
-        with bar:
-            for step in range(done + 1, self._last_step + 1):
+        with bar, batches:
+            for step in steps:
                 started = time.perf_counter()
                 lr = learning_rate(step, self._config.optim, total_steps=self._config.run.steps)
+                batch = batches.take(step)
+                self._check_batch(batch, first_step=done + 1, reads_tokens=loader.reads_tokens)
                 result = train_step(
-                    loader.batch(step).to(self._mesh.device),
-                    executor=self._executors.train,
+                    batch.to(self._mesh.device),
+                    executor=self._executor(segment_at(history, step).batch_size),
                     engine=self._engine,
                     mesh=self._mesh,
                     lr=lr,
@@ -191,11 +199,28 @@ class Trainer:
             step = resumed.reader.step
             saved = run_history.from_objects(resumed.reader.objects)
             self._engine.load_scalars(resumed.reader.objects["optim"])
-        wanted = source.wanted_segment(config, self._source, first_step=step + 1)
-        history = extend_history(saved, wanted)
+        history = source.wanted_history(config, self._source, saved=saved, first_step=step + 1)
         limits = {s.path: s.max_epochs for s in self._source.shares if s.max_epochs is not None}
         check_epochs(history, self._source.train, last_step=config.run.steps, max_epochs=limits)
         return step, history
+
+    def _executor(self, batch_size: int) -> Executor:
+        """That of a step of so many samples; a new one where the batch size changes."""
+        if batch_size != self._batch_size:
+            sized = replace(self._config, batch=replace(self._config.batch, global_size=batch_size))
+            self._executors = replace(
+                self._executors, train=wiring.build_executors(sized, self._model, mesh=self._mesh).train
+            )
+            self._batch_size = batch_size
+        return self._executors.train
+
+    def _check_batch(self, batch: Batch, *, first_step: int, reads_tokens: bool) -> None:
+        """Each `data.check_every` steps, that all ranks of a model replica have the same batch."""
+        every = self._config.data.check_every
+        if every is not None and (batch.step - first_step) % every == 0:
+            check_replicas(
+                batch, layout=self._mesh.layout, control=self._control, reads_tokens=reads_tokens
+            )
 
     def _write_run_files(self, step: int, history: tuple[Segment, ...]) -> None:
         if self._speaks:
@@ -203,16 +228,18 @@ class Trainer:
             (self._dir / "config.yaml").write_text(dump(self._config), encoding="utf-8")
             run_history.write(self._dir / "history.json", history)
             self._report.resume(step)
+            source.warn_of_order(self._source)
 
     def _say_what_runs(self, history: tuple[Segment, ...]) -> None:
         layout, spec = self._mesh.layout, self._model.spec
         num_parameters = self._count_parameters()
         _log.info(
-            "%s: %s parameters, %d layers; tensor %d x pipeline %d x data %d; %s tokens a step",
+            "%s: %s parameters, %d layers; tensor %d x context %d x pipeline %d x data %d; %s tokens a step",
             self._config.model.family,
             log.format_count(num_parameters),
             spec.layers,
             layout.tensor,
+            layout.context,
             layout.pipeline,
             layout.data,
             log.format_count(run_history.tokens_of(history, history[-1].first_step)),
@@ -275,7 +302,8 @@ class Trainer:
     ) -> dict[str, Any]:
         """The metrics of a step, as they stand in metrics.jsonl."""
         tokens = run_history.tokens_of(history, pending.step)
-        flops = self._model.spec.flops_per_token(self._config.data.sequence_length) * tokens
+        length = segment_at(history, pending.step).sequence_length
+        flops = self._model.spec.flops_per_token(length) * tokens
         tflops = flops / seconds / self._mesh.layout.world_size / 1e12  # of one rank
         record = {
             "step": pending.step,
@@ -287,6 +315,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "model_tflops": tflops,
             "memory_bytes": peak_memory(self._mesh.device),
+            **expert_metrics(pending.result, self._model.spec),
         }
         if self._peak is not None:
             record["mfu"] = tflops / self._peak

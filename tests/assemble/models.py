@@ -17,7 +17,7 @@ from megads.config.model import ModelConfig
 from megads.config.optim import OptimConfig
 from megads.config.root import Config
 from megads.config.run import RunConfig
-from megads.data.blend import CorpusShare, Segment
+from megads.data.segment import CorpusShare, Segment
 from megads.data.tokenizer import open_tokenizer
 from megads.model.catalog import describe
 from megads.parallel.control import Control

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from megads.data.blend import CorpusShare, Segment, extend_history
 from megads.data.corpus import Corpus
 from megads.data.loader import Loader, ValidLoader, check_epochs
+from megads.data.segment import CorpusShare, Segment, extend_history
 from megads.data.sequence import Batch, Packing
 from megads.errors import DataError, LayoutError
 
@@ -41,6 +41,16 @@ def loader(
 
 def inputs(batches: Iterator[Batch]) -> list[int]:
     return torch.cat([batch.tokens.ravel() for batch in batches]).tolist()
+
+
+def read_of(corpus: Corpus, share: CorpusShare) -> list[int]:
+    """The tokens that must have been read of a corpus when it stands as `share` says; pages are of 64."""
+    alone = loader([corpus], (wanted(1, [(corpus, 1.0)], batch=1, length=64, page=64),))
+    head = (
+        inputs(alone.batch(number) for number in range(1, -(-share.cursor // 64) + 1)) if share.cursor else []
+    )
+    resting = {place for start, stop in share.rests for place in range(start, stop)}
+    return [token for place, token in enumerate(head[: share.cursor]) if place not in resting]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 12])
@@ -95,20 +105,17 @@ def test_no_token_is_lost_or_repeated_when_everything_changes(counting_corpus: M
         trains = [loader([a, b], known, rank=rank, size=size) for rank in range(size)]
         seen += inputs(train.batch(step) for train in trains)
     assert max(Counter(seen).values()) == 1
-    cursors = history[-1].cursors(30)
-    assert len(seen) == sum(cursors)
-    assert history[2].corpora[1].cursor % 64 == 32  # a page was left half used
-    for corpus, cursor, first in ((a, cursors[0], 0), (b, cursors[1], 100_000)):
-        stream = loader([corpus], (wanted(1, [(corpus, 1.0)], batch=1, length=64, page=64),))
-        alone = inputs(stream.batch(step) for step in range(1, -(-cursor // 64) + 1))[:cursor]
-        assert sorted(token for token in seen if first <= token < first + 64 * 300) == sorted(alone)
+    assert history[2].corpora[1].num_resting == 32  # a page was left half used
+    for corpus, share, first in zip((a, b), history[-1].shares(30), (0, 100_000), strict=True):
+        mine = [token for token in seen if first <= token < first + 64 * 300]
+        assert sorted(mine) == sorted(read_of(corpus, share))
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_histories_read_each_stream_without_gap_or_repeat(
     seed: int, counting_corpus: MakeCorpus
 ) -> None:
-    """Ten random segments; what was read of a corpus is exactly the head of its page stream."""
+    """Ten random segments; what was read of a corpus is the head of its page stream, but for what still rests."""
     rng = np.random.default_rng(seed)
     a, b, c = (counting_corpus(name, 64 * 30 + 9, first=i * 10_000) for i, name in enumerate("abc"))
     history: tuple[Segment, ...] = ()
@@ -124,13 +131,11 @@ def test_random_histories_read_each_stream_without_gap_or_repeat(
         stop = step + int(rng.integers(1, 6))
         seen += inputs(train.batch(number) for number in range(step, stop))
         step = stop
-    for share, cursor in zip(history[-1].corpora, history[-1].cursors(step), strict=True):
+    for share in history[-1].shares(step):
         (corpus,) = (corpus for corpus in (a, b, c) if corpus.fingerprint == share.fingerprint)
         first = int(corpus.tokens.read(0, 1)[0])
-        alone = loader([corpus], (wanted(1, [(corpus, 1.0)], batch=1, length=64, page=64),))
-        head = inputs(alone.batch(number) for number in range(1, -(-cursor // 64) + 1)) if cursor else []
         mine = [token for token in seen if first <= token < first + 10_000]
-        assert Counter(mine) == Counter(head[:cursor])
+        assert Counter(mine) == Counter(read_of(corpus, share))
 
 
 def test_the_check_sees_a_cursor_that_is_off(counting_corpus: MakeCorpus) -> None:
@@ -170,26 +175,56 @@ def test_documents_are_marked_where_they_begin(counting_corpus: MakeCorpus) -> N
         assert [position == 0 for position in positions.tolist()] == new
 
 
-def test_documents_of_a_step_name_file_and_record(full_corpus: Callable[..., str]) -> None:
-    corpus = Corpus(full_corpus("c", [list(range(i * 10, i * 10 + 10)) for i in range(40)]))
-    train = loader([corpus], (wanted(1, [(corpus, 1.0)], batch=3, length=20, page=20),))
-    batch, origins = train.batch(2), train.documents(2)
-    assert [origin.sample for origin in origins] == [0, 1, 2]
-    for origin, tokens in zip(origins, batch.tokens, strict=True):
-        assert list(range(origin.tokens.start, origin.tokens.stop)) == tokens.tolist()
-        assert (origin.first_document, origin.last_document) == (tokens[0] // 10, tokens[-1] // 10)
-        assert origin.source is not None
-        assert origin.source.record == origin.first_document + 1
-        assert origin.source.file == ("even.jsonl", "odd é.jsonl")[origin.first_document % 2]
-
-
 def test_token_ids_outside_the_vocabulary_are_named(bare_corpus: Callable[..., str]) -> None:
     corpus = Corpus(bare_corpus("c", [[1] * 70 + [777] + [1] * 29]))
     history = (wanted(1, [(corpus, 1.0)], batch=4, length=16, page=16),)
     small = Loader([corpus], history, seed=0, packing=Packing(vocab_size=777), dp_rank=0, dp_size=1)
-    with pytest.raises(DataError, match=r"c\.bin: token id.*\n.*id 777 at token 70\n.*0\.\.776"):
+    with pytest.raises(
+        DataError, match=r"^sample \d of step \d: .*c\.bin: token id.*\n.*id 777 at token 70\n.*0\.\.776"
+    ):
         for step in (1, 2):
             small.batch(step)
+    Loader(
+        [corpus], history, seed=0, packing=Packing(vocab_size=777), dp_rank=0, dp_size=1, reads_tokens=False
+    ).batch(1)
+
+
+def test_ranks_without_tokens_know_everything_else(full_corpus: Callable[..., str]) -> None:
+    """Mask, positions and documents, for pipeline stages in the middle; with eod_mask_loss they read tokens too."""
+    documents = [[1, 2, 3, 4, 9], [5, 6, 9], [7, 8, 1, 2, 3, 4, 9]]
+    masks = [[0, 0, 0, 1, 1], [0, 1, 1], [0, 0, 0, 0, 0, 1, 1]]
+    corpus = Corpus(full_corpus("c", documents * 9, masks=masks * 9))
+    history = (wanted(1, [(corpus, 1.0)], batch=4, length=16, page=16),)
+    for eod_mask in (False, True):
+        packing = Packing(vocab_size=100, eod=9, document_mask=True, eod_mask_loss=eod_mask)
+        whole, part = (
+            Loader(
+                [corpus], history, seed=0, packing=packing, dp_rank=0, dp_size=1, reads_tokens=reads
+            ).batch(2)
+            for reads in (True, False)
+        )
+        for name in ("mask", "positions", "document_ids", "samples"):
+            assert torch.equal(getattr(whole, name), getattr(part, name)), name
+        assert not whole.mask.all()
+        assert torch.equal(whole.tokens, part.tokens) == eod_mask
+        assert eod_mask or not part.tokens.any()
+
+
+def test_labels_count_where_the_mask_says(full_corpus: Callable[..., str]) -> None:
+    """The label is the next token, so it is that token's byte of PREFIX.mask that counts; also in held-out data."""
+    documents = [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31, 32, 33, 34, 35, 36, 37]]
+    masks = [[0, 0, 0, 1, 1], [0, 0, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
+    corpus = Corpus(full_corpus("c", documents * 4, masks=masks * 4))
+    counted = {13, 14, 22, 34, 35, 36, 37}
+    history = (wanted(1, [(corpus, 1.0)], batch=4, length=12, page=12),)
+    train = loader([corpus], history).batch(1)
+    held_out = ValidLoader(corpus, packing=PACKING, sequence_length=12, batch_size=2, dp_rank=0, dp_size=1)
+    for batch in (train, *held_out):
+        assert set(batch.labels[batch.mask].tolist()) <= counted
+        assert not counted & set(batch.labels[~batch.mask].tolist())
+    assert sum(int(batch.mask.sum()) for batch in held_out) == 4 * len(counted)
+    assert corpus.text_bytes is not None
+    assert held_out.text_bytes is None
 
 
 def test_wrong_wiring_is_refused(counting_corpus: MakeCorpus) -> None:

@@ -8,6 +8,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megads.data.order import PageStream, Permutation
 from megads.errors import DataError
@@ -94,6 +96,21 @@ def test_stream_runs_through_epochs_in_different_orders() -> None:
         assert is_bijection(epoch, 50)
     assert not np.array_equal(pages[0], pages[1])
     assert np.array_equal(stream.pages(np.array([149, 0, 75])), pages.ravel()[[149, 0, 75]])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 2**62), st.integers(0, 2**32), st.integers(0, 5), st.data())
+def test_the_inverse_undoes_the_order(size: int, seed: int, epoch: int, data: st.DataObject) -> None:
+    permutation = Permutation(size, seed, "corpus", epoch)
+    indices = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=9)))
+    assert np.array_equal(permutation.inverse(permutation(indices)), indices)
+    assert np.array_equal(permutation(permutation.inverse(indices)), indices)
+
+
+def test_a_page_is_found_in_every_epoch() -> None:
+    stream = PageStream(50, 3, "corpus")
+    for page in (0, 17, 49):
+        assert stream.pages(stream.places(page, num_epochs=4)).tolist() == [page] * 4
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**62 + 1])

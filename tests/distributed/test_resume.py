@@ -22,7 +22,7 @@ from megads.checkpoint.load import load
 from megads.checkpoint.retention import committed_steps
 from megads.checkpoint.save import save
 from megads.config.load import load as load_config
-from megads.data.loader import Loader
+from megads.data.sampler import Sampler
 from megads.log import read_metrics
 from megads.optim.zero import NativeEngine
 from megads.parallel.mesh import build_mesh
@@ -252,13 +252,6 @@ def test_changes_of_batch_and_length_add_rows_and_neither_lose_nor_repeat_a_toke
 def read_tokens(rows: list[dict[str, object]], *, steps: int) -> list[int]:
     """Places in the corpus of all tokens that steps 1 .. `steps` read, by the config and a history."""
     opened = source.open_source(load_config("config.yaml"))
-    loader = Loader(
-        opened.train,
-        run_history.from_objects({"history": rows}),
-        seed=7,
-        packing=opened.packing,
-        dp_rank=0,
-        dp_size=1,
-    )
-    origins = [origin.tokens for step in range(1, steps + 1) for origin in loader.documents(step)]
-    return [place for tokens in origins for place in range(tokens.start, tokens.stop)]
+    sampler = Sampler(opened.train, run_history.from_objects({"history": rows}), seed=7)
+    readings = [reading for step in range(1, steps + 1) for reading in sampler.readings(step)]
+    return [place for reading in readings for place in range(reading.start, reading.stop)]
