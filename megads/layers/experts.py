@@ -94,7 +94,7 @@ class Experts(torch.nn.Module):
             ),
         )
 
-    def forward(self, x: Tensor, routing: Routing, shares: Shares) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing, *, shares: Shares) -> Tensor:
         """`shares` says how many tokens each rank has."""
         if self._etp.size == 1:
             return self._apply_experts(x, routing.experts, routing.gates, is_whole=routing.is_whole)

@@ -89,7 +89,7 @@ class MixtureOfExperts(torch.nn.Module):
         tokens = x.flatten(0, 1)  # [t, hidden]
         mine = tokens if self._is_cut else take_share(tokens, places.shares)
         routing: Routing = self.router(mine, places)
-        made: Tensor = self.experts(mine, routing, places.shares)
+        made: Tensor = self.experts(mine, routing, shares=places.shares)
         y = (made if self._is_cut else join_shares(made, places.shares)).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)

@@ -20,7 +20,7 @@ _ALIGNMENT = 16  # bytes, of rows and starts
 
 
 def _splits(x: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
-    return x.split(counts.tolist())
+    return torch.split(x, counts.tolist())
 
 
 def _linear_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

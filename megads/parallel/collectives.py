@@ -165,8 +165,14 @@ def start_exchange(
         return Pending(rows)
     _check(rows)
     arriving = rows.new_empty((rows.shape[0] if receive is None else sum(receive), *rows.shape[1:]))
-    splits = [None if part is None else list(part) for part in (receive, send)]
-    work = dist.all_to_all_single(arriving, rows, *splits, group=group.handle, async_op=True)
+    work = dist.all_to_all_single(
+        arriving,
+        rows,
+        output_split_sizes=None if receive is None else list(receive),
+        input_split_sizes=None if send is None else list(send),
+        group=group.handle,
+        async_op=True,
+    )
     return Pending(arriving, work=work)
 
 
