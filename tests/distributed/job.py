@@ -121,18 +121,22 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
+    context_kind: str = "ring"
     zero: int = 0
     schedule: str = "one_f_one_b"
     micro: int = 2
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
     @property
     def overrides(self) -> list[str]:
         return [
             f"parallel.tensor={self.tensor}",
+            f"parallel.context={self.context}",
+            f"parallel.context_kind={self.context_kind}",
             f"parallel.pipeline={self.pipeline}",
             f"parallel.schedule={self.schedule}",
             f"optim.zero_stage={self.zero}",

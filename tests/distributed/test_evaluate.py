@@ -28,6 +28,7 @@ LAYOUTS = {
     "data": Layout(data=2),
     "tensor": Layout(tensor=2),
     "pipeline": Layout(pipeline=2),
+    "context": Layout(context=2),
 }
 
 
@@ -40,7 +41,9 @@ def run(home: Home, request: pytest.FixtureRequest) -> str:
 
 def says(home: Home, layout: Layout, *argv: str) -> str:
     """What rank 0 prints when all ranks of the layout run the command; the others print nothing."""
-    degrees = [f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}"]
+    degrees = [
+        f"parallel.{axis}={getattr(layout, axis)}" for axis in ("tensor", "context", "context_kind", "pipeline")
+    ]
     first, *others = commands(*[(home.path, [*argv, *degrees])] * layout.world_size)
     assert first.code == 0, first.errors
     assert all((other.code, other.said) == (0, "") for other in others), others
