@@ -18,7 +18,7 @@ from megads.assemble import rules
 from megads.errors import ConfigError
 from megads.verify.compare import BOUNDS, Bounds, bounds_of, compare
 from megads.verify.diagnose import diagnose
-from megads.verify.measure import Outcome, measure
+from megads.verify.measure import Outcome, Watch, measure
 from megads.verify.ranks import RanksError
 from megads.verify.report import Report, show
 from megads.verify.round_trip import RoundTrip, round_trips
@@ -57,7 +57,9 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--steps", found=options.steps, allowed=">= 1")
     log.setup(1)  # warnings alone
     trials = _trials(options.config, options.layout or [], options.overrides)
-    reference = measure(one_process(trials[0], precision="fp64").config, 1, steps=options.steps, watch=True)
+    reference = measure(
+        one_process(trials[0], precision="fp64").config, 1, steps=options.steps, watch=Watch()
+    )
     is_equal = True
     for trial in trials:
         report = _verify(trial, trials, reference, _Options(options.steps, options.save_steps))
@@ -105,8 +107,8 @@ def _verify(trial: Trial, trials: Sequence[Trial], reference: Outcome, options: 
     report = Report(trial.name, precision, trial.world_size, 0.0)
     try:
         bounds = _bounds(trial, reference, steps=options.steps)
-        against = reference.trace if precision in BOUNDS else None
-        outcome = measure(trial.config, trial.world_size, steps=options.steps, against=against)
+        watch = Watch(reference.trace) if precision in BOUNDS else None
+        outcome = measure(trial.config, trial.world_size, steps=options.steps, watch=watch)
         comparison = compare(outcome, reference, bounds=bounds)
         report = replace(report, comparison=comparison)
         if not comparison.is_equal:

@@ -11,6 +11,7 @@ the norm that the engine itself reported.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +30,7 @@ from megads.parallel.shard import EXPERT_AXES, Box, Shape, block_box
 from megads.pipeline.executor import Executor
 from megads.verify.batch import Masks, synthetic_batch
 from megads.verify.ranks import fork_ranks
-from megads.verify.trace import Deviation, Deviations, Trace, Tracer, merge
+from megads.verify.trace import Deviations, Trace, Tracer, sum_up
 
 LR = 1e-3
 LR_SGD = 1.0  # large, so that the movement of a weight shows its gradient
@@ -160,7 +161,9 @@ class Trainee:
 
 
 @dataclass(frozen=True, slots=True)
-class _RankResult:
+class RankResult:
+    """What one rank has to say: its parts of the state and its numbers, as in `Outcome`."""
+
     initial: list[Part]
     first: list[Part]
     final: list[Part]
@@ -168,8 +171,19 @@ class _RankResult:
     losses: list[float]
     norms: list[float]
     trace: Trace
-    outputs: dict[str, Deviation]
-    gradient_flow: dict[str, Deviation]
+    outputs: Deviations
+    gradient_flow: Deviations
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Whether modules are watched in step 1.
+
+    Attributes:
+        against: the reference to compare them with; None: this run is the reference.
+    """
+
+    against: Trace | None = None
 
 
 def measure(
@@ -178,8 +192,7 @@ def measure(
     *,
     steps: int,
     masks: Masks = "unequal",
-    watch: bool = False,
-    against: Trace | None = None,
+    watch: Watch | None = None,
     timeout: float = 300.0,
     stall: float = 20.0,
 ) -> Outcome:
@@ -187,8 +200,7 @@ def measure(
 
     Args:
         config: with `model.vocab`; needs no corpus and no tokenizer.
-        watch: whether to keep what modules make in step 1, as a reference for others.
-        against: such a reference, to compare modules with; None: they are not compared.
+        watch: None: modules are not watched.
         timeout, stall: as `fork_ranks`.
 
     Raises:
@@ -196,49 +208,55 @@ def measure(
         ConfigError: a rank refused the config.
     """
 
-    def work(control: Control) -> _RankResult:
-        trainee = Trainee.build(config, control, masks=masks)
-        initial = trainee.parts()
-        shape = (config.batch.global_size, config.data.sequence_length)
-        tracer = Tracer(trainee.model, trainee.mesh, shape, against)
-        if watch or against is not None:
-            with tracer:
-                results = [trainee.first_step()]
-        else:
-            results = [trainee.first_step()]
-        first = trainee.parts()
-        results += [trainee.step(number) for number in range(2, steps + 1)]
-        return _RankResult(
-            initial,
-            first,
-            trainee.parts(),
-            {stored_name(parameter): Facts.of(parameter) for parameter in trainee.model.parameters},
-            [result.loss.item() for result in results],
-            [result.report.grad_norm.item() for result in results],
-            tracer.trace,
-            tracer.outputs,
-            tracer.gradients,
-        )
+    def work(control: Control) -> RankResult:
+        return record(config, control, steps=steps, masks=masks, watch=watch)
 
-    return _merge(config, fork_ranks(work, world_size, timeout=timeout, stall=stall))
+    return merge(config, fork_ranks(work, world_size, timeout=timeout, stall=stall))
 
 
-def _merge(config: Config, ranks: Sequence[_RankResult]) -> Outcome:
+def record(
+    config: Config, control: Control, *, steps: int, masks: Masks = "unequal", watch: Watch | None = None
+) -> RankResult:
+    """A rank's part of `measure`."""
+    trainee = Trainee.build(config, control, masks=masks)
+    initial = trainee.parts()
+    shape = (config.batch.global_size, config.data.sequence_length)
+    tracer = Tracer(trainee.model, trainee.mesh, shape, None if watch is None else watch.against)
+    with nullcontext() if watch is None else tracer:
+        results = [trainee.first_step()]
+    first = trainee.parts()
+    results += [trainee.step(number) for number in range(2, steps + 1)]
+    return RankResult(
+        initial,
+        first,
+        trainee.parts(),
+        {stored_name(parameter): Facts.of(parameter) for parameter in trainee.model.parameters},
+        [result.loss.item() for result in results],
+        [result.report.grad_norm.item() for result in results],
+        tracer.trace,
+        tracer.outputs,
+        tracer.gradients,
+    )
+
+
+def merge(config: Config, ranks: Sequence[RankResult]) -> Outcome:
     """The ranks' results as one."""
     facts: dict[str, Facts] = {}
     for rank in ranks:
         for name, fact in rank.facts.items():
             facts.setdefault(name, fact)
     bad: dict[str, None] = {}
-    initial = assemble([rank.initial for rank in ranks], bad)
-    first = assemble([rank.first for rank in ranks], bad)
-    final = assemble([rank.final for rank in ranks], bad)
+    initial, first, final = (
+        assemble([rank.initial for rank in ranks], bad),
+        assemble([rank.first for rank in ranks], bad),
+        assemble([rank.final for rank in ranks], bad),
+    )
     losses, norms = ranks[0].losses, ranks[0].norms
     disagreements = []
     for number, result in enumerate(ranks):
         for what, mine, theirs in (("loss", losses, result.losses), ("gradient norm", norms, result.norms)):
-            if mine != theirs:
-                step = next(n for n, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+            step = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), None)
+            if step is not None:
                 disagreements.append(
                     f"{what} of step {step + 1}: rank 0 {mine[step]!r}, rank {number} {theirs[step]!r}"
                 )
@@ -250,8 +268,8 @@ def _merge(config: Config, ranks: Sequence[_RankResult]) -> Outcome:
         losses,
         norms,
         ranks[0].trace,
-        merge([rank.outputs for rank in ranks]),
-        merge([rank.gradient_flow for rank in ranks]),
+        sum_up([rank.outputs for rank in ranks]),
+        sum_up([rank.gradient_flow for rank in ranks]),
         tuple(disagreements),
         tuple(bad),
     )

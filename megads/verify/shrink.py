@@ -62,8 +62,19 @@ def _small(config: Config, model: ModelConfig, length: int, *, has_micro: bool) 
             parallel,
             recompute_layers=None if parallel.recompute_layers is None else 1,
             loss_chunk=None if parallel.loss_chunk is None else 7,
+            stage_layers=_stage_layers(parallel.stage_layers, model.layers),
         ),
     )
+
+
+def _stage_layers(listed: tuple[int, ...] | None, layers: int) -> tuple[int, ...] | None:
+    """A user's list for fewer layers: one in each inner stage, the rest in the stage that had most."""
+    if listed is None:
+        return None
+    last = len(listed) - 1
+    least = [int(0 < stage < last) for stage in range(len(listed))]
+    least[listed.index(max(listed))] += layers - sum(least)
+    return tuple(least)
 
 
 def _model(model: ModelConfig, configs: Sequence[Config]) -> ModelConfig:

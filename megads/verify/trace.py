@@ -10,7 +10,6 @@ rows and columns say which part of the reference's array they are. Nothing is se
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,7 +187,7 @@ def block_name(block: torch.nn.Module) -> str:
     return type(block).__name__
 
 
-def merge(parts: list[Mapping[str, Deviation]]) -> Deviations:
+def sum_up(parts: list[Deviations]) -> Deviations:
     """The deviations of all ranks, by module."""
     found: Deviations = {}
     for part in parts:

@@ -84,7 +84,7 @@ def read_trial(path: str, layout: str, *, overrides: Sequence[str] = ()) -> Tria
         )
     resets = [f"parallel.{degree}=1" for degree in DEGREES] + ["parallel.expert_tensor=null"]
     if given.get("pipeline", "1") == "1":
-        resets += ["parallel.virtual_stages=1", "parallel.schedule=one_f_one_b"]
+        resets += ["parallel.virtual_stages=1", "parallel.schedule=one_f_one_b", "parallel.stage_layers=null"]
     words = [f"{short[key]}={value}" for key, value in given.items()]
     config = load(path, [*overrides, *resets, *words])
     if "precision" not in given:
