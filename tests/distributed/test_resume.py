@@ -129,7 +129,7 @@ CHAIN = (
     (4, LAYOUT),
     (7, Layout(data=4, zero=1, schedule="gpipe", micro=1)),
     (10, Layout(tensor=4, zero=1)),
-    (13, Layout(data=2, pipeline=2, zero=0)),
+    (13, Layout(context=2, pipeline=2, context_kind="ulysses")),
     (15, Layout(tensor=2, pipeline=2, schedule="gpipe", micro=4)),
 )
 
