@@ -112,6 +112,26 @@ def stages_have_blocks(config: Config, world_size: int) -> Finding | None:
     )
 
 
+def stage_layers_are_the_layers(config: Config, world_size: int) -> Finding | None:
+    listed, layers = config.parallel.stage_layers, config.model.layers
+    stages = config.parallel.pipeline * config.parallel.virtual_stages
+    if listed is None or stages > layers + 2:
+        return None
+    has_empty = 0 in listed[1:-1]
+    if len(listed) == stages and sum(listed) == layers and not has_empty:
+        return None
+    few, rest = divmod(layers, stages)
+    even = [few + (stages - rest <= stage) for stage in range(stages)]
+    return Finding(
+        "parallel.stage_layers",
+        f"{list(listed)}: {len(listed)} stages, {sum(listed)} layers"
+        + (", a stage of none" if has_empty else ""),
+        f"{stages} numbers (parallel.pipeline x parallel.virtual_stages) whose sum is model.layers {layers}, such as "
+        f"{even}; 0 only first and last, beside the embedding and the head",
+        "null deals the layers by cost",
+    )
+
+
 def sequence_fills_tensor(config: Config, world_size: int) -> Finding | None:
     length, tensor = config.data.sequence_length, config.parallel.tensor
     if not config.parallel.sequence or config.parallel.context > 1 or length % tensor == 0:
@@ -176,6 +196,7 @@ RULES: tuple[Rule, ...] = (
     hidden_fills_heads,
     rotary_head_is_even,
     stages_have_blocks,
+    stage_layers_are_the_layers,
     sequence_fills_tensor,
     batch_fills_ranks,
 )

@@ -27,9 +27,10 @@ from megads.parallel.weight_queue import WeightQueue
 from megads.pipeline.action import Overlap, Schedule
 from megads.pipeline.executor import Executor, forwards
 from megads.pipeline.lower import lower
-from megads.pipeline.partition import partition
+from megads.pipeline.partition import Ranges, partition, partition_by_layers
 from megads.pipeline.stage import Stage
 from megads.pipeline.transport import TensorSpec, Transport
+from megads.pipeline.zero_bubble import vee
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
@@ -93,6 +94,14 @@ class Model:
             blocks.eval()
 
 
+def stage_ranges(config: Config, spec: DecoderSpec, layout: Layout) -> Ranges:
+    """The blocks of each stage: as the user lists them, or by cost."""
+    if config.parallel.stage_layers is not None:
+        return partition_by_layers(config.parallel.stage_layers)
+    is_vee = layout.placement == vee(layout.pipeline)
+    return partition(spec.block_costs, layout.num_stages, is_vee=is_vee)
+
+
 def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
     """This rank's stages with their initial weights, the same bits under every layout, in float32 (float64 for fp64).
 
@@ -109,7 +118,7 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
         sequence_parallel=config.parallel.sequence,
         context_kind=config.parallel.context_kind,
     )
-    ranges = partition(spec.block_costs, mesh.layout.num_stages)
+    ranges = stage_ranges(config, spec, mesh.layout)
     mine = {stage: range(*ranges[stage]) for stage in mesh.layout.stages_of(mesh.group("pp").rank)}
     memory = Memory(
         config.parallel.recompute,

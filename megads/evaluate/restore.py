@@ -59,6 +59,7 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
         "parallel.expert_tensor=null",
         "parallel.virtual_stages=1",
         "parallel.schedule=gpipe",
+        "parallel.stage_layers=null",
         f"batch.micro={ROWS}",
         f"batch.global={ROWS * place.world_size}",
     )

@@ -54,6 +54,7 @@ class Case:
     chunks: int = 1
     recompute: Any = "none"
     recompute_layers: int | None = None
+    stage_layers: tuple[int, ...] | None = None
     offload: bool = False
     loss_chunk: int | None = None
 
@@ -138,6 +139,7 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
             virtual_stages=case.chunks,
             recompute=case.recompute,
             recompute_layers=case.recompute_layers,
+            stage_layers=case.stage_layers,
             offload=case.offload,
             loss_chunk=case.loss_chunk,
         ),

@@ -66,6 +66,18 @@ def test_schedule_changes_nothing_beside_other_axes(name: str, number: int, case
     check(DEEP + number, replace(case, schedule=name, chunks=chunks_of(name)))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(pipeline=2, micro=4, stage_layers=(3, 0)),
+        Case(pipeline=2, micro=4, schedule="zbv", chunks=2, stage_layers=(0, 2, 1, 0)),
+    ],
+    ids=str,
+)
+def test_where_the_user_cuts_changes_nothing(case: Case) -> None:
+    check(0, case)
+
+
 @pytest.mark.parametrize("form", ["csv", "txt"])
 def test_a_users_own_schedule_changes_nothing(form: str, tmp_path: Path) -> None:
     """From a file: ZB-V with the last two W of rank 0 at its end, an order that no builder makes."""
