@@ -291,7 +291,7 @@ def _type_at(path: Path, schema: pyarrow.Schema, *, names: Sequence[str]) -> pya
             raise DataError(
                 f"{path}: no column {name!r}{where}",
                 found=", ".join(field.name for field in fields) or "none",
-                allowed="a name of these for --key, --columns or --chat-keys",
+                allowed="a name of these for --key, --columns or --messages-key",
                 do="a dot in a name is written \\."
                 if len(names) > 1 and ".".join(names) in schema.names
                 else None,

@@ -49,10 +49,10 @@ def plan_units(inputs: Inputs, *, unit_bytes: int) -> tuple[Unit, ...]:
     """Units of about `unit_bytes`, in reading order; their sizes add up to those of the inputs.
 
     Raises:
-        DataError: a Parquet file is truncated or cannot be read.
+        DataError: a Parquet file is truncated or cannot be read, or `unit_bytes` is below 4.
     """
     if unit_bytes < MIN_UNIT_BYTES:
-        raise ValueError(f"unit_bytes {unit_bytes} must be {MIN_UNIT_BYTES} or more")
+        raise DataError("--unit-bytes: out of range", found=unit_bytes, allowed=f"{MIN_UNIT_BYTES} or more")
     units: list[Unit] = []
     for number, (path, size, kind) in enumerate(zip(inputs.files, inputs.sizes, inputs.kinds, strict=True)):
         if kind.format == "parquet":

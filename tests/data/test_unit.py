@@ -307,6 +307,12 @@ def test_parquet_is_checked_before_anything_is_read(tmp_path: Path) -> None:
         plan_units(find_inputs([tmp_path]), unit_bytes=1 << 20)
 
 
+def test_units_are_larger_than_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    with pytest.raises(DataError, match=r"--unit-bytes: out of range\n.*3\n.*4 or more"):
+        read([tmp_path / "a.jsonl"], unit_bytes=3)
+
+
 MEMORY = """
 import sys
 from megads.data.record import RecordOptions
