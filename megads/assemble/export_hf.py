@@ -77,12 +77,13 @@ def export_hf(
     config = _config_of(reader)
     spec = describe(config.model, vocab=config.model.vocab or 1, sequence_length=config.data.sequence_length)
     family, parameters = HUGGING_FACE[config.model.family], declared(spec)
+    sizes = family.to_config(spec)
     _check_step(reader, parameters)
     entries = hf.match(family.rows, parameters)
     kept = dtype or _common_dtype(reader, parameters)
     file = tokenizer_file(tokenizer or Path(config.data.tokenizer))
     words = _tokenizer_of(reader, file)
-    tree = {**family.to_config(spec), **_facts(family, kept, words)}
+    tree = {**sizes, **_facts(family, kept, words)}
 
     def read(entry: hf.Entry) -> Tensor:
         return read_box(reader, f"model/{entry.name}", box=entry.box).to(kept)

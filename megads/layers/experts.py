@@ -19,7 +19,7 @@ from megads.layers.dispatch import Dispatch
 from megads.layers.recompute import Origin
 from megads.layers.router import MoESpec, Routing
 from megads.ops.activation import swiglu
-from megads.ops.grouped import add_grouped_product_, grouped_linear
+from megads.ops.grouped import GROUPED
 from megads.parallel.collectives import scatter_sum, start_gather_sequence
 from megads.parallel.parameter import Scope
 from megads.parallel.shard import Cut, Init, ShardSpec
@@ -36,19 +36,20 @@ class _GroupedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if origin is None else origin.source.detach(), counts)
         ctx.function = None if origin is None else origin.function
-        ctx.weight, ctx.queue = weight, queue
-        return grouped_linear(x, weight, counts=counts)
+        ctx.weight, ctx.queue, ctx.way = weight, queue, GROUPED.pick(x, weight, counts)
+        y: Tensor = ctx.way.run(x, weight, counts)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kept, counts = ctx.saved_tensors
-        weight, function, dy = ctx.weight, ctx.function, gradients[0].contiguous()
+        weight, function, way, dy = ctx.weight, ctx.function, ctx.way, gradients[0].contiguous()
         with torch.no_grad():
-            dx = grouped_linear(dy, weight.mT, counts=counts)
+            dx = way.run(dy, weight.mT, counts)
 
             def weight_gradient() -> None:
                 x = kept if function is None else function(kept)
-                add_grouped_product_(gradient_of(weight), dy=dy, x=x, counts=counts)
+                way.backward(gradient_of(weight), dy, x, counts)
 
             ctx.queue.put(weight_gradient, weight)
             return dx, None, None, None, None

@@ -20,7 +20,7 @@ from megads.errors import ConfigError
 from megads.layers.context import Row
 from megads.ops.activation import gelu, swiglu
 from megads.ops.attention import ATTENTION, attention
-from megads.ops.grouped import LINEAR, add_grouped_product_, grouped_linear
+from megads.ops.grouped import GROUPED
 from megads.ops.norm import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 from megads.ops.registry import Op, force
 from megads.ops.rope import rotary, rotary_angles
@@ -224,14 +224,15 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, counts)
-        return grouped_linear(x, weight, counts=counts)
+        ctx.way = GROUPED.pick(x, weight, counts)
+        return ctx.way.run(x, weight, counts)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, counts = ctx.saved_tensors
         total = torch.zeros_like(weight)
-        add_grouped_product_(total, dy=dy, x=x, counts=counts)
-        return grouped_linear(dy, weight.mT, counts=counts), total, None
+        ctx.way.backward(total, dy, x, counts)
+        return ctx.way.run(dy, weight.mT, counts), total, None
 
 
 def _draw_grouped(shape: Shape) -> tuple[Tensor, ...]:
@@ -272,7 +273,7 @@ SUBJECTS = (
     Subject("gathered", ATTENTION, RING_SHAPES, RING_LARGE, _draw_attention, _run_gathered, _define_attention),
     Subject("rotary", None, (Shape((2, 3, 5, 8)), Shape((1, 1, 9, 2))), (Shape((2, 4, 300, 128)),),
             _draw_rotary, _run_rotary, _define_rotary),
-    Subject("grouped", LINEAR, GROUPED_SHAPES, GROUPED_LARGE,
+    Subject("grouped", GROUPED, GROUPED_SHAPES, GROUPED_LARGE,
             _draw_grouped, lambda *inputs: (_Grouped.apply(*inputs),), _define_grouped),
     Subject("gelu", None, _WIDE, (), _draw_wide, _one(gelu), _define_gelu),
     Subject("swiglu", None, _WIDE, (), _draw_wide, _one(swiglu), _define_swiglu),

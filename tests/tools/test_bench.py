@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
     [
         ("norm", ("rms_norm, float32", "64x256", "aten", "reference", "of floor")),
         ("step", ("tiny-gpt bf16", "tiny-llama fp32", "plain", "tokens/s", "MFU causal/full %")),
+        ("experts", ("tiny   y grouped_mm", "dW loop", "layer loop", "tok/s", "of peak")),
         ("memory", ("tiny-llama", "norm, activation", "full recompute saves", "the claim: about 65%")),
     ],
 )
