@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megads.ops import cross_entropy
 from megads.ops.cross_entropy import Columns, local_gradient, local_maximum, local_sums
 from tests.ops.cases import BOUNDS
 
@@ -47,3 +48,21 @@ def test_parts_make_the_whole(cut: tuple[tuple[int, int, int], ...], dtype: torc
         assert not gradient[:, count:].any()
         error = (gradient[:, :count].double() - wanted[:, first : first + count]).norm()
         assert error <= BOUNDS[dtype] * wanted.norm()
+
+
+def test_a_few_rows_at_a_time_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut into slices of two rows the parts have the same bits."""
+    torch.manual_seed(6)
+    logits, columns = torch.randn(TOKENS, VOCAB).bfloat16(), Columns(0, VOCAB)
+    labels, scale = torch.randint(0, VOCAB, (TOKENS,)), torch.rand(TOKENS)
+
+    def parts() -> tuple[torch.Tensor, ...]:
+        maximum = local_maximum(logits, columns)
+        sums = local_sums(logits, labels, maximum=maximum, columns=columns)
+        lse = maximum + sums.exponentials.log()
+        gradient = local_gradient(logits, labels, lse=lse, scale=scale, columns=columns)
+        return maximum, sums.exponentials, sums.target, gradient
+
+    whole = parts()
+    monkeypatch.setattr(cross_entropy, "MAX_WIDE", 2 * VOCAB)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts(), strict=True))
