@@ -78,7 +78,7 @@ def zero_bubble_h2(sizes: Sizes, work: Work) -> float | None:
 
 
 def zbv(sizes: Sizes, work: Work) -> float | None:
-    """None where F = I = W and m >= 2p - 1. Qi et al. 2024, section 6."""
+    """No bubble where F = I = W and m >= 2p - 1. Qi et al. 2024, section 6."""
     return 0.0 if work.is_equal and sizes.num_micro_batches >= 2 * sizes.num_ranks - 1 else None
 
 

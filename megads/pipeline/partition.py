@@ -206,8 +206,9 @@ class _Vee:
                 if candidates:
                     outer[segment] = min(candidates)
             values = outer
-        cuts = values[0, len(self._sums) - 1][1]
-        return tuple(zip((0, *cuts), (*cuts, len(self._sums) - 1), strict=True))
+        stop = len(self._sums) - 1
+        best = values[0, stop][1]
+        return tuple(zip((0, *best), (*best, stop), strict=True))
 
     def _least(self, *, by_rank: bool, rank_bound: int) -> int:
         """The least bound of ranks, or of stages where ranks are within theirs."""

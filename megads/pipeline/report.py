@@ -288,9 +288,10 @@ def _compare(arguments: argparse.Namespace, slices: tuple[_Slice, ...]) -> str:
     check_counts(arguments.stages, arguments.micro_batches)
     if arguments.save is not None:
         raise ScheduleError("--save writes one schedule", found=f"schedule {ALL}", allowed="a name")
-    rows, grids = [_COLUMNS], []
+    rows: list[tuple[str, ...]] = [_COLUMNS]
+    grids: list[str] = []
     for name, recipe in SCHEDULES.items():
-        num_chunks = recipe.num_chunks or arguments.chunks or 2
+        num_chunks = recipe.num_chunks or (2 if arguments.chunks is None else arguments.chunks)
         try:
             schedule = build(
                 name,

@@ -132,9 +132,10 @@ def torch_loads(path: Path) -> dict[int, list[Any]]:
     """What torch's own reader of `compute_only` makes of a file."""
     from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
-    reader = SimpleNamespace(pipeline_order={}, _validate_and_set_stage_mapping=lambda order: None)
+    order: dict[int, list[Any]] = {}
+    reader = SimpleNamespace(pipeline_order=order, _validate_and_set_stage_mapping=lambda order: None)
     PipelineScheduleMulti._load_csv(reader, str(path))  # type: ignore[arg-type]
-    return reader.pipeline_order
+    return order
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "dualpipe"])
