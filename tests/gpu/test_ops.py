@@ -103,11 +103,18 @@ def test_the_choice_of_attention() -> None:
         q = torch.zeros(2, 2, 16, dim, device="cuda", dtype=dtype)
         return ATTENTION.pick(q, q, q, Call(0.1, whole(16), whole(16), ids)).name
 
+    def pick_below(dtype: torch.dtype, ids: torch.Tensor | None = None) -> str:
+        q = torch.zeros(2, 2, 8, 64, device="cuda", dtype=dtype)
+        return ATTENTION.pick(q, q, q, Call(0.1, (range(8, 16),), (range(8),), ids)).name
+
     packed = torch.arange(16, device="cuda").expand(2, 16) // 5
     is_hopper = torch.cuda.get_device_capability()[0] >= 9
     assert pick(torch.bfloat16) == ("cudnn" if is_hopper else "flash")
     assert pick(torch.bfloat16, torch.zeros_like(packed)) == ("cudnn" if is_hopper else "flash")
     assert pick(torch.bfloat16, packed) == "flash_varlen"
+    assert pick_below(torch.bfloat16) == ("cudnn" if is_hopper else "flash")
+    assert pick_below(torch.bfloat16, packed) == "flash"  # the shapes of rectangles are new each time
+    assert pick_below(torch.float32) == pick_below(torch.float32, packed) == "efficient"
     assert pick(torch.float32) == pick(torch.float32, packed) == "efficient"
     assert pick(torch.float64) == "plain"
     torch.use_deterministic_algorithms(True)

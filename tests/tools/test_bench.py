@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
         ("norm", ("rms_norm, float32", "64x256", "aten", "reference", "of floor")),
         ("step", ("tiny-gpt bf16", "tiny-llama fp32", "plain", "tokens/s", "MFU causal/full %")),
         ("experts", ("tiny   y grouped_mm", "dW loop", "layer loop", "tok/s", "of peak")),
+        ("context", ("256 x 4/2 x 8", "blocks of 4", "of ideal")),
         ("memory", ("tiny-llama", "norm, activation", "full recompute saves", "the claim: about 65%")),
     ],
 )
