@@ -199,7 +199,7 @@ class Trainer:
             step = resumed.reader.step
             saved = run_history.from_objects(resumed.reader.objects)
             self._engine.load_scalars(resumed.reader.objects["optim"])
-        history = source.wanted_history(config, self._source, saved=saved, first_step=step + 1)
+        history = source.wanted_history(config, self._source.train, saved=saved, first_step=step + 1)
         limits = {s.path: s.max_epochs for s in self._source.shares if s.max_epochs is not None}
         check_epochs(history, self._source.train, last_step=config.run.steps, max_epochs=limits)
         return step, history
@@ -244,6 +244,15 @@ class Trainer:
             layout.data,
             log.format_count(run_history.tokens_of(history, history[-1].first_step)),
         )
+        if spec.moe is not None:
+            _log.info(
+                "%d experts in %d layers, %d a token; dealt over %d x %d ranks (expert x expert_tensor)",
+                spec.moe.experts,
+                len(spec.expert_layers),
+                spec.moe.per_token,
+                layout.expert,
+                layout.etp_size,
+            )
 
     def _count_parameters(self) -> int:
         """Elements of the whole model, each once."""

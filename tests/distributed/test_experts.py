@@ -63,19 +63,16 @@ def test_metrics_tell_the_load_of_each_layer(resumed: Home) -> None:
 
 def test_evaluation_and_generation_take_the_bias_from_the_checkpoint(resumed: Home) -> None:
     said = []
-    for degrees in ([], ["parallel.expert=2", "parallel.expert_tensor=1", "parallel.tensor=2"]):
+    for degrees in ([], ["parallel.expert=2"], [*EXPERTS, "parallel.tensor=2"]):
         argv = ["evaluate", "whole", "--data", "data/valid", "--json", *degrees]
         first, *_ = commands(*[(resumed.path, argv)] * (2 if degrees else 1))
         assert first.code == 0, first.errors
         said.append(json.loads(first.said)["loss"])
-    assert said[0] == pytest.approx(said[1], rel=1e-12)
+    assert said == pytest.approx([said[0]] * 3, rel=1e-12)
     argv = ["generate", "whole", "--prompt", "def main(", "--tokens", "5", "--temperature", "0"]
     one, (two, _) = (
         commands((resumed.path, argv))[0],
-        commands(
-            *[(resumed.path, [*argv, "parallel.expert=2", "parallel.expert_tensor=1", "parallel.tensor=2"])]
-            * 2
-        ),
+        commands(*[(resumed.path, [*argv, *EXPERTS, "parallel.tensor=2"])] * 2),
     )
     assert one.code == two.code == 0, two.errors
     assert one.said == two.said
