@@ -37,6 +37,10 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "megads.verify.command:main",
             "prove on the CPU that a layout changes nothing: verify CONFIG --layout tensor=2,pipeline=2",
         ),
+        "data": (
+            "megads.train.ledger:main",
+            "documents of a step, steps of a document: data CONFIG --step N | --document ID",
+        ),
         "schedule": ("megads.pipeline.report:main", "prove, time, compare and draw pipeline schedules"),
         "explain": ("megads.config.explain:main", "what a config key means: explain [KEY]"),
     }

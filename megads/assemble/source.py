@@ -98,16 +98,19 @@ def warn_of_order(source: Source) -> None:
 
 
 def wanted_history(
-    config: Config, source: Source, *, saved: Sequence[Segment], first_step: int
+    config: Config, corpora: Sequence[Corpus], *, saved: Sequence[Segment], first_step: int
 ) -> tuple[Segment, ...]:
     """The history of the whole run: what was `saved`, then from `first_step` on what the config asks for.
+
+    Args:
+        corpora: those of `data.train`, in its order.
 
     Raises:
         DataError: the run cannot go on from `saved`.
     """
-    weights = [share.weight for share in source.shares]
+    weights = [share.weight for share in corpus_shares(config.data)]
     if config.data.temperature is not None:
-        sizes = [corpus.num_tokens for corpus in source.train]
+        sizes = [corpus.num_tokens for corpus in corpora]
         factors = temperature_weights(sizes, config.data.temperature)
         weights = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
     wanted = Segment(
@@ -117,7 +120,7 @@ def wanted_history(
         page=config.data.page or config.data.sequence_length,
         corpora=tuple(
             CorpusShare(corpus.path, corpus.fingerprint, weight)
-            for corpus, weight in zip(source.train, weights, strict=True)
+            for corpus, weight in zip(corpora, weights, strict=True)
         ),
         packing=config.data.packing,
     )
