@@ -84,7 +84,7 @@ def kept_on_cpu(forward: Callable[[], object], weights: set[int]) -> int:
 
 
 def measure(
-    shape: Shape, precision: str, keys: dict[str, Any], *, rows: int, device: torch.device, repeats: int
+    shape: Shape, precision: str, *, keys: dict[str, Any], rows: int, device: torch.device, repeats: int
 ) -> Result:
     """Build, warm up, take the memory of one forward and backward, then time whole steps."""
     release(device)
@@ -132,7 +132,7 @@ def fitted(shape: Shape, *, rows: int, keys: dict[str, Any]) -> dict[str, Any]:
     return {key: sizes.get(key, value) for key, value in keys.items()}
 
 
-def row_of(name: str, precision: str, result: Result, first: Result) -> list[str]:
+def row_of(name: str, precision: str, *, result: Result, first: Result) -> list[str]:
     """The table's line."""
 
     def share(value: int | None, base: int | None) -> str:
@@ -172,8 +172,10 @@ def main() -> None:
         results: dict[str, Result] = {}
         for name, keys in chosen:
             repeats = 2 if options.tiny or precision == "fp32" else 4
-            results[name] = measure(shape, precision, keys, rows=num_rows, device=device, repeats=repeats)
-            rows.append(row_of(name, precision, results[name], results["none"]))
+            results[name] = measure(
+                shape, precision, keys=keys, rows=num_rows, device=device, repeats=repeats
+            )
+            rows.append(row_of(name, precision, result=results[name], first=results["none"]))
             print("  ".join(rows[-1]), flush=True)
         full, none = results["full"], results["none"]
         notes.append(
