@@ -91,6 +91,27 @@ def test_fast_equals_exact(lines: list[bytes], options: RecordOptions, is_ended:
     assert fast.texts.texts.to_pylist() == one_by_one
 
 
+@pytest.mark.parametrize(
+    ("content", "texts", "num_bad"),
+    [
+        (
+            b'{"text":"a"}{"text":"b","x":\n{}}',
+            [],
+            2,
+        ),  # two rows on two lines, but one object goes over the line end
+        (b'{"text":"a"}{"text":"b"}\n{"text":\n"c"}', [], 3),
+        (b'{"text":"a","x":null}\n{"text":null,"x":"b"}\n{"text":"c","x":"d"}', ["a", "c"], 1),
+        (b'null\n{"text":"a"}', ["a"], 1),  # would crash Arrow 26
+    ],
+)
+def test_what_arrow_alone_would_take_otherwise(content: bytes, texts: list[str], num_bad: int) -> None:
+    for options in (RecordOptions(), RecordOptions(columns=("text", "x"))):
+        fast = JsonLineReader(0, options).read(LineBlock(content, 0), 0)
+        assert shown(fast) == shown(ExactReader(0, options).read(LineBlock(content, 0), 0))
+        if not options.columns:
+            assert (fast.texts.texts.to_pylist(), len(fast.bad)) == (texts, num_bad)
+
+
 def test_the_fast_path_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blank lines, CRLF, indentation, unread values of any kind and nulls do not slow a block down."""
     seen = []
