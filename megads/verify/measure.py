@@ -122,10 +122,17 @@ class Trainee:
     masks: Masks = "unequal"
 
     @classmethod
-    def build(cls, config: Config, control: Control, *, masks: Masks = "unequal") -> Trainee:
-        """All ranks call it. `model.vocab` must not be null."""
+    def build(
+        cls,
+        config: Config,
+        control: Control,
+        *,
+        masks: Masks = "unequal",
+        device: torch.device | None = None,
+    ) -> Trainee:
+        """All ranks call it. `model.vocab` must not be null; `device`: None is the CPU."""
         assert config.model.vocab is not None
-        mesh = build_mesh(layout_of(config, control.size), control.rank)
+        mesh = build_mesh(layout_of(config, control.size), control.rank, device=device)
         model = build_model(config, mesh, vocab=config.model.vocab)
         engine = build_engine(config, model, mesh=mesh)
         return cls(config, mesh, model, engine, build_executors(config, model, mesh=mesh).train, masks)
@@ -140,7 +147,7 @@ class Trainee:
         rows = self.config.batch.global_size // self.mesh.layout.data
         first = self.mesh.group("dp").rank * rows
         return train_step(
-            batch.rows(first, first + rows),
+            batch.rows(first, first + rows).to(self.mesh.device),
             executor=self.executor,
             engine=self.engine,
             mesh=self.mesh,
@@ -215,10 +222,16 @@ def measure(
 
 
 def record(
-    config: Config, control: Control, *, steps: int, masks: Masks = "unequal", watch: Watch | None = None
+    config: Config,
+    control: Control,
+    *,
+    steps: int,
+    masks: Masks = "unequal",
+    watch: Watch | None = None,
+    device: torch.device | None = None,
 ) -> RankResult:
-    """A rank's part of `measure`."""
-    trainee = Trainee.build(config, control, masks=masks)
+    """A rank's part of `measure`; `device`: None is the CPU."""
+    trainee = Trainee.build(config, control, masks=masks, device=device)
     initial = trainee.parts()
     shape = (config.batch.global_size, config.data.sequence_length)
     tracer = Tracer(trainee.model, trainee.mesh, shape, None if watch is None else watch.against)
