@@ -7,13 +7,26 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
+from megads.assemble import step
+from megads.assemble.wiring import build_model, layout_of
 from megads.data import sequence
 from megads.data.sequence import Batch
 from megads.layers import dropout
-from megads.parallel.mesh import Mesh
-from tests.parity.harness import Case, Model, Outcome, gradient_error, run_case
+from megads.parallel.mesh import Mesh, build_mesh
+from tests.parity.harness import (
+    VOCAB,
+    Case,
+    Model,
+    Outcome,
+    gradient_error,
+    make_batch,
+    make_config,
+    run_case,
+)
 from tests.parity.test_layouts import check_against
+from tests.ranks import run_ranks
 
 SEQ = 12
 MODELS = {
@@ -127,7 +140,18 @@ def _dropout_by_local_column(mesh: Mesh) -> None:
     dropout.keep_mask = local  # type: ignore[assignment]
 
 
+def _token_count_is_of_the_part(mesh: Mesh) -> None:
+    """Each context-parallel rank divides by its own number of tokens, and the mean of the means is taken."""
+    count = step.count_tokens
+
+    def local(batch: Batch, mesh: Mesh) -> torch.Tensor:
+        return batch.mask.sum().double() * mesh.group("cp").size + 0 * count(batch, mesh)
+
+    step.count_tokens = local
+
+
 MUTATIONS = (
+    ("gpt", _token_count_is_of_the_part),
     ("gpt", _positions_restart),
     ("gpt", _positions_are_one_off),
     ("packed", _positions_restart),
@@ -141,3 +165,42 @@ MUTATIONS = (
 def test_a_wrong_cut_is_seen(name: str, mutation: Callable[[Mesh], None]) -> None:
     got = run_case(MODELS[name], Case(context=2, micro=14), precision="fp64", steps=1, before=mutation)
     assert max(gradient_error(got, reference(name)).values()) > 1e-3
+
+
+LONG = Model("llama", layers=1, seq=8192)
+
+
+def forward_of_a_long_row(rank: int, size: int, *, kind: str) -> tuple[float, int, int]:
+    """Sum of a rank's losses, number of its tokens, bytes that its forward keeps for the backward."""
+    config = make_config(LONG, Case(context=size, context_kind=kind), precision="fp32")
+    mesh = build_mesh(layout_of(config, size), rank)
+    model = build_model(config, mesh, vocab=VOCAB)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters}
+    batch = make_batch(1, seq=LONG.seq).rows(20, 21).context_part(rank, size)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    payload, extras = (), ()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        for block in model.stages[0]:
+            output = block(payload, batch)
+            payload, extras = output.payload, output.extras
+    return extras[0].sum.item(), batch.mask.sum().item(), sum(kept.values())
+
+
+@pytest.mark.parametrize("kind", ["ring", pytest.param("ulysses", marks=pytest.mark.slow)])
+def test_a_long_row_takes_a_quarter_of_the_memory_on_four_ranks(kind: str) -> None:
+    """What a rank keeps of 8192 tokens falls with the number of ranks, so 8 ranks train 128K where one trains 16K."""
+    ((loss, count, one),) = run_ranks(functools.partial(forward_of_a_long_row, kind=kind), 1)
+    losses, counts, four = zip(
+        *run_ranks(functools.partial(forward_of_a_long_row, kind=kind), 4), strict=True
+    )
+    assert sum(counts) == count
+    assert sum(losses) == pytest.approx(loss, rel=1e-6)
+    assert one > 8192 * 64 * 4 * 10  # some ten activations of a layer
+    assert max(four) <= 1.01 * one / 4
