@@ -2,8 +2,11 @@
 
     for each cell of this rank's row:   F, B, I, W: a stage    SEND, RECV: the transport    REDUCE: the engine
 
-An overlapped pair runs block by block, a block of its forward before each block of its backward: what one of them sends
-or gathers is under way while the other computes.
+An overlapped pair runs block by block, a block of its forward before each block of its backward. On a GPU each stage
+then has a stream of its own, so that one's compute goes on while the other waits for what it sent or gathers:
+
+    stage 0 (F)   | block | all-to-all | block |              the host issues F, B, F, B, ... in one fixed order, so
+    stage 3 (B)           | block      | all-to-all | block   all ranks issue the same collectives in the same order
 
 The loss is a weighted sum of extras, each divided by its *global* count: the backward of every micro-batch is
 seeded with weight / count, so gradients only ever need to be summed, over micro-batches and over ranks.
@@ -23,8 +26,8 @@ from torch import Tensor
 from megads.data.sequence import Batch
 from megads.parallel.collectives import all_reduce_
 from megads.parallel.mesh import Mesh
-from megads.pipeline.action import Action, Kind, Schedule
-from megads.pipeline.stage import BlockOutput, Payload, Stage, Steps, Term
+from megads.pipeline.action import Action, Kind, Overlap, Schedule
+from megads.pipeline.stage import Extra, Payload, Stage, Steps, Term
 from megads.pipeline.transport import Arrival, TensorSpec, Transport
 
 
@@ -112,6 +115,12 @@ class Executor:
         self._stages = stages
         self._transport = transport
         self._payload = payload
+        is_overlapped = any(isinstance(cell, Overlap) for cell in self._row)
+        self._streams: dict[int, torch.cuda.Stream] = (
+            {number: torch.cuda.Stream(transport.device) for number in stages}  # type: ignore[no-untyped-call]
+            if is_overlapped and transport.device.type == "cuda"
+            else {}
+        )
         backwards = [a for cell in self._row for a in cell.actions if a.kind in (Kind.B, Kind.I, Kind.W)]
         self._last_backwards = frozenset({a.stage: a for a in backwards}.values())
 
@@ -137,8 +146,12 @@ class Executor:
             for _ in zip_longest(*(work.steps(action) for action in cell.actions)):
                 live = sum(stage.num_live for stage in self._stages.values())
                 self.peak_live = max(self.peak_live, live)
+            work.add_up()
         self._transport.drain()
         return work.totals
+
+
+_OVER = object()
 
 
 class _Run:
@@ -151,6 +164,7 @@ class _Run:
         self._stages = executor._stages
         self._transport = executor._transport
         self._last_backwards = executor._last_backwards
+        self._streams = executor._streams
         self._batch = batch
         self._seeds = seeds
         self._engine = engine
@@ -159,16 +173,17 @@ class _Run:
         self._specs = executor._payload(self._rows, seq)
         self._made: dict[Action, Payload] = {}
         self._arrivals: dict[Action, Arrival] = {}
+        self._extras: list[Extra] = []
         self.totals: dict[str, Total] = {}
 
     def steps(self, action: Action) -> Steps[None]:
         """One action, in steps between which another may run."""
         if action.kind is Kind.F:
-            yield from self._forward(action)
+            yield from self._aside(action.stage, self._forward(action))
         elif action.kind in (Kind.B, Kind.I):
-            yield from self._backward(action)
+            yield from self._aside(action.stage, self._backward(action))
         elif action.kind is Kind.W:
-            self._backward_weight(action)
+            yield from self._aside(action.stage, self._backward_weight(action))
         elif action.kind is Kind.REDUCE:
             if self._engine is not None:
                 self._engine.reduce(action.stage)
@@ -178,10 +193,32 @@ class _Run:
         else:
             self._arrivals[action] = self._transport.receive(self._specs, peer=self._schedule.peer(action))
 
+    def _aside(self, stage: int, steps: Steps[None]) -> Steps[None]:
+        """The steps on the stage's own stream, if it has one, between what was issued before and what comes after."""
+        stream = self._streams.get(stage)
+        if stream is None:
+            yield from steps
+            return
+        main = torch.cuda.current_stream()
+        stream.wait_stream(main)
+        is_over = False
+        while not is_over:
+            with torch.cuda.stream(stream):
+                is_over = next(steps, _OVER) is _OVER
+            if not is_over:
+                yield
+        main.wait_stream(stream)
+
     def _take(self, receive: Action, made: Action) -> Payload:
         """A value from another rank if it was received, else from the neighbouring stage on this rank."""
         arrival = self._arrivals.pop(receive, None)
-        return self._made.pop(made) if arrival is None else arrival.wait()
+        payload = self._made.pop(made) if arrival is None else arrival.wait()
+        if (
+            self._streams
+        ):  # made on another stream, whose memory must not be used again before this one is done
+            for tensor in payload:
+                tensor.record_stream(torch.cuda.current_stream())
+        return payload
 
     def _forward(self, action: Action) -> Steps[None]:
         stage, micro_batch = action.stage, action.micro_batch
@@ -194,7 +231,7 @@ class _Run:
         output = yield from self._stages[stage].forward_steps(payload, rows, micro_batch=micro_batch)
         if stage < self._schedule.num_stages - 1:
             self._made[action] = output.payload
-        self._add(output)
+        self._extras.extend(output.extras)
 
     def _backward(self, action: Action) -> Steps[None]:
         stage, micro_batch = action.stage, action.micro_batch
@@ -211,15 +248,18 @@ class _Run:
         if stage > 0:
             self._made[action.result] = made
 
-    def _backward_weight(self, action: Action) -> None:
+    def _backward_weight(self, action: Action) -> Steps[None]:
         stage, micro_batch = self._stages[action.stage], action.micro_batch
         done = None
         if self._engine is not None and action in self._last_backwards:
             self._engine.arm(action.stage, waiting=stage.waiting(micro_batch=micro_batch))
             done = partial(self._engine.complete, action.stage)
         stage.backward_weight(micro_batch=micro_batch, done=done)
+        yield
 
-    def _add(self, output: BlockOutput) -> None:
-        for extra in output.extras:
+    def add_up(self) -> None:
+        """Add the extras of the cell that has ended to the totals."""
+        for extra in self._extras:
             old, new = self.totals.get(extra.name), Total(extra.sum.double(), extra.count)
             self.totals[extra.name] = new if old is None else Total(old.sum + new.sum, old.count + new.count)
+        self._extras.clear()

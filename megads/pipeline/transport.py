@@ -51,7 +51,7 @@ class Transport:
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self._group = group
-        self._device = device
+        self.device = device
         self._sends: deque[tuple[Tensor, dist.Work]] = deque()
 
     def send(self, tensors: tuple[Tensor, ...], specs: tuple[TensorSpec, ...], *, peer: int) -> None:
@@ -73,7 +73,7 @@ class Transport:
 
     def receive(self, specs: tuple[TensorSpec, ...], *, peer: int) -> Arrival:
         """Post receives for tensors of these shapes."""
-        tensors = tuple(torch.empty(s.shape, dtype=s.dtype, device=self._device) for s in specs)
+        tensors = tuple(torch.empty(s.shape, dtype=s.dtype, device=self.device) for s in specs)
         works = []
         for tensor in tensors:
             work = dist.irecv(tensor, self._group.ranks[peer], group=self._group.handle)
