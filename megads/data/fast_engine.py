@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -116,9 +118,23 @@ def _tokenizer_json(file: Path, *, parse_special_tokens: bool) -> str:
         text = content.decode("utf-8")
     if parse_special_tokens:
         return text
+    return _without_special_tokens(text)
+
+
+def _without_special_tokens(text: str) -> str:
+    """A tokenizer.json with only the added tokens that are not special."""
+    lists = list(re.finditer(r'"added_tokens"\s*:\s*(?=\[)', text))
+    if len(lists) == 1:  # the rest, which is large, need not be parsed; a vocabulary holds numbers, no lists
+        start = lists[0].end()
+        added, stop = json.JSONDecoder().raw_decode(text, start)
+        return text[:start] + json.dumps(_ordinary(added)) + text[stop:]
     tree = json.loads(text)
-    tree["added_tokens"] = [token for token in tree.get("added_tokens") or () if not token.get("special")]
+    tree["added_tokens"] = _ordinary(tree.get("added_tokens") or ())
     return json.dumps(tree)
+
+
+def _ordinary(added: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [token for token in added if not token.get("special")]
 
 
 def _resident_bytes() -> int | None:

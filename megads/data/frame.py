@@ -47,7 +47,7 @@ class Stream(Protocol):
 class Sink(Protocol):
     """What bytes are written to."""
 
-    def write(self, content: bytes, /) -> object:
+    def write(self, content: bytes | memoryview, /) -> object:
         """Append `content`."""
 
 
@@ -139,7 +139,12 @@ def write_frame(file: Sink, frame: Frame) -> None:
     columns: list[NDArray[np.generic]] = [frame.lengths, frame.sizes, frame.sources]
     columns += [column for column in (frame.keys, frame.ids, frame.mask) if column is not None]
     for column in columns:
-        file.write(np.ascontiguousarray(column).tobytes())
+        file.write(column_bytes(column))
+
+
+def column_bytes(column: NDArray[np.generic]) -> memoryview:
+    """The bytes of an array, not copied where it is contiguous."""
+    return np.ascontiguousarray(column).reshape(-1).view(np.uint8).data
 
 
 def read_frames(file: Stream, dtype: np.dtype[np.generic], *, stop: int) -> Iterator[Frame]:

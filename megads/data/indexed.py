@@ -91,7 +91,7 @@ class IndexedWriter:
         """Append documents: ids one after another [sum of lengths] and lengths [num documents]."""
         if int(lengths.sum()) != ids.size:
             raise ValueError(f"lengths sum to {int(lengths.sum())}, there are {ids.size} ids")
-        content = np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).tobytes()
+        content = np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).view(np.uint8).data
         self._bin.write(content)
         self._bin_hash.update(content)
         self._lengths.write(np.ascontiguousarray(lengths, dtype="<i4").tobytes())

@@ -28,9 +28,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from megads.data.corpus import write_durably
 from megads.data.encode import Encoder
-from megads.data.part import UnitReader, make_part, read_facts
+from megads.data.part import UnitReader, make_part, own_temporary, read_facts
 from megads.data.record import STDIN, Inputs, RecordOptions, Unit
 from megads.errors import DataError
 
@@ -133,7 +132,9 @@ def open_folder(job: Job) -> int:
         ) from error
     if described.is_file() and any(job.folder.glob("*.part")):
         _check_options(job, described)
-    write_durably(described, json.dumps({"format": FORMAT, "options": dict(job.options)}, indent=2).encode())
+    temporary = own_temporary(described)
+    temporary.write_text(json.dumps({"format": FORMAT, "options": dict(job.options)}, indent=2))
+    os.replace(temporary, described)
     return len(job.units) - len(job.missing())
 
 

@@ -95,16 +95,16 @@ class PartWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+        self._temporary = own_temporary(path)
         self._hash = blake3()
         self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 - closed by commit or exit
         self._bad = SpooledTemporaryFile(SPOOL_BYTES, dir=str(path.parent))  # noqa: SIM115 - may be every line of a file
         self._facts = PartFacts("", 0, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, "")
 
-    def write(self, content: bytes, /) -> None:
+    def write(self, content: bytes | memoryview, /) -> int:
         """Append bytes of a frame."""
         self._hash.update(content)
-        self._file.write(content)
+        return self._file.write(content)
 
     def add(self, batch: EncodedBatch) -> None:
         """Append a batch."""
@@ -234,6 +234,11 @@ def _source_hashes(unit: Unit, inputs: Inputs) -> tuple[str, ...]:
         return ()
     files = inputs.files[unit.file : unit.file + unit.num_files]
     return tuple("" if file == STDIN else hash_file(file) for file in files)
+
+
+def own_temporary(path: Path) -> Path:
+    """A temporary name for `path` that no other process uses, on this host or another."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def hash_file(path: Path) -> str:
