@@ -100,6 +100,7 @@ def test_fast_equals_exact(lines: list[bytes], options: RecordOptions, is_ended:
             2,
         ),  # two rows on two lines, but one object goes over the line end
         (b'{"text":"a"}{"text":"b"}\n{"text":\n"c"}', [], 3),
+        (b'{"text":"a","x":\n{}}', [], 2),
         (b'{"text":"a","x":null}\n{"text":null,"x":"b"}\n{"text":"c","x":"d"}', ["a", "c"], 1),
         (b'null\n{"text":"a"}', ["a"], 1),  # would crash Arrow 26
     ],
