@@ -163,8 +163,12 @@ MUTATIONS = (
 
 @pytest.mark.parametrize(("name", "mutation"), MUTATIONS, ids=[f"{n}-{m.__name__}" for n, m in MUTATIONS])
 def test_a_wrong_cut_is_seen(name: str, mutation: Callable[[Mesh], None]) -> None:
-    got = run_case(MODELS[name], Case(context=2, micro=14), precision="fp64", steps=1, before=mutation)
-    assert max(gradient_error(got, reference(name)).values()) > 1e-3
+    try:
+        got = run_case(MODELS[name], Case(context=2, micro=14), precision="fp64", steps=1, before=mutation)
+    except AssertionError as error:
+        assert "ranks disagree" in str(error)
+    else:
+        assert max(gradient_error(got, reference(name)).values()) > 1e-3
 
 
 LONG = Model("llama", layers=1, seq=8192)
