@@ -22,7 +22,7 @@ import bisect
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
@@ -46,7 +46,9 @@ BLOCK = 1 << 18
 CHECKED_BLOCK = 1 << 12
 """Entries of the .idx that are checked at once."""
 NUM_CHECKED_BLOCKS = 64
-"""Blocks of the .idx that are checked at opening, which reads 5 MB at most: all of 262,144 sequences."""
+"""Blocks of the .idx up to which all are checked at opening: 262,144 sequences."""
+NUM_SPREAD_BLOCKS = 16
+"""Blocks that are checked of a larger .idx, so that opening a corpus reads 2 MB of it at most."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
@@ -320,13 +322,12 @@ class IndexedReader:
                 self._refuse(f"document offset {start + at}", offsets[at], f"at least {offsets[at - 1]}")
 
     def _checked_ranges(self, count: int) -> Iterator[tuple[int, int]]:
-        """Blocks of 0..count: all, or `NUM_CHECKED_BLOCKS` spread evenly from the first to the last."""
+        """Blocks of 0..count: all, or of more than `NUM_CHECKED_BLOCKS` some, spread evenly from first to last."""
         num_blocks = -(-count // CHECKED_BLOCK)
-        if num_blocks <= NUM_CHECKED_BLOCKS:
-            blocks = list(range(num_blocks))
-        else:
-            steps = NUM_CHECKED_BLOCKS - 1
-            blocks = [step * (num_blocks - 1) // steps for step in range(NUM_CHECKED_BLOCKS)]
+        blocks: Sequence[int] = range(num_blocks)
+        if num_blocks > NUM_CHECKED_BLOCKS:
+            steps = NUM_SPREAD_BLOCKS - 1
+            blocks = [step * (num_blocks - 1) // steps for step in range(NUM_SPREAD_BLOCKS)]
         return ((block * CHECKED_BLOCK, min((block + 1) * CHECKED_BLOCK, count)) for block in blocks)
 
     def _refuse(self, field: str, found: object, allowed: str) -> None:

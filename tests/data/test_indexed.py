@@ -243,8 +243,8 @@ def test_dtype_is_megatrons_choice() -> None:
 def test_many_blocks_of_the_index_are_written_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megads.data.indexed.BLOCK", 16)
-    monkeypatch.setattr("megads.data.indexed.NUM_CHECKED_BLOCKS", 3)
+    for name, value in (("CHECKED_BLOCK", 16), ("NUM_CHECKED_BLOCKS", 3), ("NUM_SPREAD_BLOCKS", 3)):
+        monkeypatch.setattr(f"megads.data.indexed.{name}", value)
     lengths = np.random.default_rng(0).integers(0, 9, 1000)
     prefix = str(tmp_path / "c")
     with IndexedWriter(prefix, np.dtype(np.int32)) as writer:
