@@ -81,6 +81,19 @@ def test_every_kind_of_every_model(name: str, case: Case) -> None:
     check_against(reference(name), rounded, loss_bound=1e-6, gradient_bound=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kind", ["ring", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ulysses", "all_gather"))]
+)
+def test_in_bf16_at_most_twice_the_error_of_one_process(kind: str) -> None:
+    """Blocks are rounded to bf16 one by one and added up in fp32."""
+    alone = run_case(MODELS["packed"], Case(micro=7), precision="bf16", steps=2)
+    got = run_case(MODELS["packed"], Case(context=2, micro=7, context_kind=kind), precision="bf16", steps=2)
+    errors, allowed = (gradient_error(outcome, reference("packed")) for outcome in (got, alone))
+    assert 1e-5 < max(allowed.values()) < 0.1
+    assert max(errors.values()) <= 2 * max(allowed.values())
+    assert sum(errors.values()) <= 2 * sum(allowed.values())
+
+
 def _positions_restart(mesh: Mesh) -> None:
     """Every rank counts positions from the start of its own part."""
     part = Batch.context_part
