@@ -45,7 +45,7 @@ def test_one_f_one_b_with_fewer_micro_batches_than_stages(num_stages: int) -> No
 @pytest.mark.parametrize(("name", "theirs"), [("zbv", "ZBVZeroBubble"), ("dualpipe_v", "DualPipeV")])
 def test_rows_of_a_vee_equal_torch(name: str, theirs: str, torch_schedule: Callable[..., Schedule]) -> None:
     compared = 0
-    for p, m in SIZES:
+    for p, m in [*(size for size in SIZES if size[0] < 16), (16, 35)]:
         if theirs == "DualPipeV" and m < 2 * p:  # torch refuses fewer micro-batches than stages
             continue
         schedule, other = on_ranks(name, p, m), torch_schedule(theirs, p, m, 2)

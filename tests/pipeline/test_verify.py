@@ -176,8 +176,8 @@ def test_mutations_of_split_and_vee_schedules_are_refused(name: str, mutation: M
 def test_every_schedule_is_proven_on_three_transports(name: str) -> None:
     """Up to 16 ranks, random micro-batches and chunks."""
     draw = random.Random(name)
-    for p in (1, 2, 3, 4, 5, 6, 8, 11, 16):
-        m = draw.randint(1, 40)
+    for p in (1, 2, 3, 4, 6, 7, 16):
+        m = draw.randint(1, 32)
         if is_legal(name, p, m + m % 2):
             verify(on_ranks(name, p, m + m % 2, draw.randint(2, 4) if name == "interleaved" else None))
 
@@ -304,7 +304,7 @@ def test_random_disorder_is_judged_as_running_it_would(name: str) -> None:
     good = replace(good, max_live=(100,) * p)
     random_ = random.Random(3)
     accepted = 0
-    for _ in range(300):
+    for _ in range(160):
         rank = random_.randrange(p)
         row = list(good.rows[rank])
         i = random_.randrange(len(row) - 1)
@@ -313,7 +313,7 @@ def test_random_disorder_is_judged_as_running_it_would(name: str) -> None:
         disorder = replace(good, rows=(*good.rows[:rank], tuple(row), *good.rows[rank + 1 :]))
         assert is_accepted(disorder) == runs_blocking(disorder), disorder.rows[rank]
         accepted += is_accepted(disorder)
-    assert 20 < accepted < 280
+    assert 10 < accepted < 150
 
 
 def is_accepted(schedule: Schedule) -> bool:
