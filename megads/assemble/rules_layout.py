@@ -144,6 +144,18 @@ def sequence_fills_tensor(config: Config, world_size: int) -> Finding | None:
     )
 
 
+def pieces_need_sequence(config: Config, world_size: int) -> Finding | None:
+    parallel = config.parallel
+    if parallel.sequence_pieces == 1 or (parallel.sequence and parallel.tensor > 1):
+        return None
+    return Finding(
+        "parallel.sequence_pieces",
+        f"{parallel.sequence_pieces} with parallel.sequence {str(parallel.sequence).lower()} and parallel.tensor "
+        f"{parallel.tensor}: nothing travels in pieces",
+        "1, or parallel.sequence=true with parallel.tensor above 1",
+    )
+
+
 def batch_fills_ranks(config: Config, world_size: int) -> Finding | None:
     parallel = config.parallel
     replicas, rest = divmod(world_size, parallel.tensor * parallel.context * parallel.pipeline)
@@ -198,5 +210,6 @@ RULES: tuple[Rule, ...] = (
     stages_have_blocks,
     stage_layers_are_the_layers,
     sequence_fills_tensor,
+    pieces_need_sequence,
     batch_fills_ranks,
 )

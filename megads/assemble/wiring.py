@@ -117,6 +117,7 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
         config.run.seed,
         sequence_parallel=config.parallel.sequence,
         context_kind=config.parallel.context_kind,
+        sequence_pieces=config.parallel.sequence_pieces,
     )
     ranges = stage_ranges(config, spec, mesh.layout)
     mine = {stage: range(*ranges[stage]) for stage in mesh.layout.stages_of(mesh.group("pp").rank)}

@@ -25,6 +25,9 @@ class ParallelConfig:
     """Let a tensor-parallel group span hosts, for hosts whose network is as fast as their inner links."""
     sequence: bool = False
     """Sequence parallelism: cut activations between tensor-parallel regions along the sequence (less memory)."""
+    sequence_pieces: PositiveInt = 1
+    """Pieces in which activations travel under sequence parallelism, one while another is multiplied: more hide more of
+    the communication, in smaller products."""
     context: PositiveInt = 1
     """Context-parallel degree: ranks that share every sequence, in zig-zag chunks of equal causal work."""
     context_kind: Literal["ring", "ulysses", "all_gather"] = "ring"

@@ -13,13 +13,16 @@
 (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.) The weight gradient is added to the parameter's
 `.grad` here, in that buffer's dtype, and not handed to autograd: low-precision weights accumulate in float32. It is
 work in the scope's `WeightQueue`, so that a schedule may put it off; x is then gathered by W itself, not held whole.
+
+In the forward, and in an I, nothing is left to hide communication behind but the product itself: with
+`parallel.sequence_pieces` sequence-parallel activations travel in pieces, one while another is multiplied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,18 +42,41 @@ from megads.parallel.shard import Cut, Init, ShardSpec
 from megads.parallel.weight_queue import WeightQueue, gradient_of
 
 
+class _Started(Protocol):
+    """A result that may be under way."""
+
+    def wait(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Parts of a result under way, to be joined along the sequence."""
+
+    parts: tuple[Pending, ...]
+
+    def wait(self) -> Tensor:
+        return torch.cat([part.wait() for part in self.parts])
+
+
 @dataclass(frozen=True, slots=True)
 class _Cutting:
-    """Over which ranks a product is cut, whether other activations are cut along the sequence, and who runs dW."""
+    """Over which ranks a product is cut, whether other activations are cut along the sequence, and who runs dW.
+
+    Attributes:
+        num_pieces: in how many pieces sequence-parallel activations travel, one while another is multiplied.
+    """
 
     group: Group
     is_sequence_parallel: bool
+    num_pieces: int
     queue: WeightQueue
 
     @classmethod
     def of(cls, scope: Scope) -> _Cutting:
         """As the layers of `scope` are cut."""
-        return cls(scope.mesh.group("tp"), scope.sequence_parallel, scope.queue)
+        is_cut = scope.sequence_parallel and scope.mesh.group("tp").size > 1
+        num_pieces = scope.sequence_pieces if is_cut else 1
+        return cls(scope.mesh.group("tp"), scope.sequence_parallel, num_pieces, scope.queue)
 
     def whole(self, x: Tensor) -> Pending:
         """Begin to make an activation between regions whole."""
@@ -61,6 +87,29 @@ class _Cutting:
         if self.is_sequence_parallel:
             return start_scatter_sequence(x, self.group)
         return start_all_reduce(x.contiguous(), self.group)
+
+    def product_of_whole(self, x: Tensor, weight: Tensor, *, bias: Tensor | None) -> Tensor:
+        """The product of an activation that is made whole on the way: x cut along the sequence, the result whole."""
+        if self.num_pieces == 1:
+            return F.linear(self.whole(x).wait(), weight, bias)
+        pieces = x.tensor_split(min(self.num_pieces, x.shape[0]))
+        gathering = [self.whole(piece) for piece in pieces]
+        y = x.new_empty((self.group.size, *x.shape[:-1], weight.shape[0]))  # [ranks, seq / ranks, batch, out]
+        start = 0
+        for piece, pending in zip(pieces, gathering, strict=True):
+            stop = start + piece.shape[0]
+            made = F.linear(pending.wait(), weight, bias)  # [ranks x piece, batch, out]
+            y[:, start:stop] = made.unflatten(0, (self.group.size, -1))  # type: ignore[no-untyped-call]
+            start = stop
+        return y.flatten(0, 1)
+
+    def start_sum_of_product(self, x: Tensor, weight: Tensor) -> _Started:
+        """Begin to sum the partial products of all ranks: x whole, the result cut along the sequence."""
+        if self.num_pieces == 1:
+            return self.sum(F.linear(x, weight))
+        by_rank: Tensor = x.unflatten(0, (self.group.size, -1))  # type: ignore[no-untyped-call]
+        pieces = by_rank.tensor_split(min(self.num_pieces, by_rank.shape[1]), dim=1)
+        return _Pieces(tuple(self.sum(F.linear(piece.flatten(0, 1), weight)) for piece in pieces))
 
 
 def add_weight_gradient(weight: Tensor, *, dy: Tensor, x: Tensor) -> None:
@@ -95,7 +144,7 @@ class _Column(torch.autograd.Function):
     ) -> Tensor:
         _keep(ctx, x, origin)
         ctx.weight, ctx.has_bias, ctx.cutting = weight, bias is not None, cutting
-        return F.linear(cutting.whole(x).wait(), weight, bias)
+        return cutting.product_of_whole(x, weight, bias=bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,7 +154,7 @@ class _Column(torch.autograd.Function):
         with torch.no_grad():
             # W makes x whole for itself when its time comes; at once, the gather hides behind dy W
             gathering = None if cutting.queue.is_deferring else cutting.whole(x())
-            summing = cutting.sum(dy @ weight)
+            summing = cutting.start_sum_of_product(dy, weight.T)
 
             def weight_gradient() -> None:
                 whole = cutting.whole(x()) if gathering is None else gathering
@@ -121,7 +170,7 @@ class _Row(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, cutting: _Cutting, origin: Origin | None) -> Tensor:
         _keep(ctx, x, origin)
         ctx.weight, ctx.cutting = weight, cutting
-        return cutting.sum(F.linear(x, weight)).wait()
+        return cutting.start_sum_of_product(x, weight).wait()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

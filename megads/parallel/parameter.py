@@ -67,7 +67,8 @@ class Scope:
 
     Modules declare their parameters through it. Parameters that are tied and live in the same process are one object:
     `ties` remembers them while a model is built. Layers put the computing of their weight gradients into `queue`;
-    `context_kind` is how attention meets tokens of other context-parallel ranks.
+    `context_kind` is how attention meets tokens of other context-parallel ranks; `sequence_pieces` in how many pieces
+    activations cut along the sequence travel.
     """
 
     mesh: Mesh
@@ -78,6 +79,7 @@ class Scope:
     ties: dict[str, ShardedParameter] = field(default_factory=dict)
     queue: WeightQueue = field(default_factory=WeightQueue)
     context_kind: ContextKind = "ring"
+    sequence_pieces: int = 1
 
     @property
     def partial(self) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "sequence_fills_tensor": (["parallel.sequence=true", "parallel.tensor=3"], 3, "data.sequence_length", ["8 / parallel.tensor 3 = 2.66667", "6 or 9"], ["data.sequence_length=9"]),
     "sequence_fills_context": (["parallel.context=3", "parallel.sequence=true", "parallel.tensor=2"], 6, "data.sequence_length", ["8; 8 / (2 x parallel.context 3) = 1.33333", "6 or 12"], ["data.sequence_length=12"]),
     "heads_fill_context": (["parallel.context=4", "parallel.context_kind=ulysses"], 4, "parallel.context", ["6 / parallel.tensor 1 / 4 = 1.5 heads", "1, 2, 3, 6"], ["parallel.context_kind=ring"]),
+    "pieces_need_sequence": (["parallel.sequence_pieces=2", "parallel.tensor=2"], 2, "parallel.sequence_pieces", ["2 with parallel.sequence false", "nothing travels"], ["parallel.sequence=true"]),
     "stages_have_blocks": (["parallel.pipeline=5"], 5, "parallel.pipeline x parallel.virtual_stages", ["5 stages", "2 layers + embedding + head = 4 blocks", "at most 4"], ["model.layers=3"]),
     "stage_layers_are_the_layers": (["parallel.pipeline=2", "parallel.stage_layers=[2, 1]"], 2, "parallel.stage_layers", ["[2, 1]: 2 stages, 3 layers", "2 numbers", "model.layers 2", "such as [1, 1]"], ["parallel.stage_layers=[2, 0]"]),
     "batch_fills_ranks": (["batch.global=10", "batch.micro=2"], 4, "batch.global", ["10 / (batch.micro 2 x 4 data-parallel ranks) = 1.25", "8 or 16"], ["batch.global=16"]),

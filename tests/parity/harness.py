@@ -57,6 +57,7 @@ class Case:
     stage_layers: tuple[int, ...] | None = None
     offload: bool = False
     loss_chunk: int | None = None
+    pieces: int = 1
 
     @property
     def world_size(self) -> int:
@@ -142,6 +143,7 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
             stage_layers=case.stage_layers,
             offload=case.offload,
             loss_chunk=case.loss_chunk,
+            sequence_pieces=case.pieces,
         ),
     )
 

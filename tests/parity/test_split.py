@@ -38,7 +38,12 @@ from tests.ranks import run_ranks
 GPT, LLAMA = Model("gpt"), Model("llama")  # tied, untied
 CASES = (
     (GPT, Case(pipeline=2, data=2, micro=2, schedule="dualpipe_v", chunks=2, zero=1, bucket=3000)),
-    (LLAMA, Case(tensor=2, pipeline=2, micro=4, schedule="zbv", chunks=2, sequence=True, recompute="full")),
+    (
+        LLAMA,
+        Case(
+            tensor=2, pipeline=2, micro=4, schedule="zbv", chunks=2, sequence=True, pieces=2, recompute="full"
+        ),
+    ),
 )
 SLOW_CASES = (
     (GPT, Case(pipeline=3, micro=2, schedule="zero_bubble_h2")),
