@@ -94,7 +94,7 @@ class Model:
             blocks.eval()
 
 
-def stage_ranges(config: Config, spec: DecoderSpec, layout: Layout) -> Ranges:
+def stage_ranges(config: Config, spec: DecoderSpec, *, layout: Layout) -> Ranges:
     """The blocks of each stage: as the user lists them, or by cost."""
     if config.parallel.stage_layers is not None:
         return partition_by_layers(config.parallel.stage_layers)
@@ -119,7 +119,7 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
         context_kind=config.parallel.context_kind,
         sequence_pieces=config.parallel.sequence_pieces,
     )
-    ranges = stage_ranges(config, spec, mesh.layout)
+    ranges = stage_ranges(config, spec, layout=mesh.layout)
     mine = {stage: range(*ranges[stage]) for stage in mesh.layout.stages_of(mesh.group("pp").rank)}
     memory = Memory(
         config.parallel.recompute,
