@@ -140,7 +140,7 @@ setup(
         "blake3>=1.0",
         "tokenizers>=0.20",
         "sentencepiece>=0.2",
-        "pyarrow>=15",
+        "pyarrow>=21",
     ],
     extras_require={
         **{name: list(needs) for name, needs in EXTRAS},
