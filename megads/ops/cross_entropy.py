@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_WIDE = 1 << 24  # elements in the dtype of the arithmetic at a time
+MAX_WIDE = 1 << 26  # elements in the dtype of the arithmetic at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megads.assemble.wiring import Model as Built
 from megads.assemble.wiring import build_model
 from megads.parallel.layout import Layout
-from megads.parallel.mesh import Group, build_mesh
+from megads.parallel.mesh import build_mesh
 from megads.pipeline.stage import Stage
-from megads.pipeline.transport import TensorSpec, Transport
 from tests.parity.harness import VOCAB, Case, Model, make_batch, make_config
 
 LAYERS = 3
@@ -120,11 +119,3 @@ def test_products_of_the_forward_are_not_computed_again(
     early = 0 if loss_chunk is None else 1  # the head's two products run in the forward
     forward, inputs, weights = LINEARS + 2 * early, LINEARS - early + again, LINEARS - early
     assert counts == [forward, inputs, weights, forward, inputs + weights]
-
-
-def test_a_payload_of_another_shape_is_not_sent() -> None:
-    transport = Transport(Group((0,), 0), torch.device("cpu"))
-    specs = (TensorSpec((2, 3), torch.float32),)
-    for wrong in (torch.ones(2, 2), torch.ones(2, 3, dtype=torch.float64)):
-        with pytest.raises(ValueError, match=r"where the other side expects"):
-            transport.send((wrong,), specs, peer=0)
