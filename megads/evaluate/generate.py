@@ -95,6 +95,7 @@ class Generator:
             token = torch.zeros(1, dtype=torch.int64, device=self._mesh.device)
             if logits is not None:
                 token += pick_token(logits, sampling, generator=draw)
+            self._transport.drain()
             broadcast_(token, self._pipeline, source=self._rank_of_head)
             if token.item() == stop:
                 break
@@ -132,7 +133,6 @@ class Generator:
                 payload = block(payload, batch).payload
             if (after := rank_of(stage + 1)) != own:
                 self._transport.send(payload, (spec,), peer=after)
-        self._transport.drain()
         return None
 
     def _row_of(self, column: int, logits: Tensor, *, seq: int) -> Tensor:
