@@ -61,7 +61,7 @@ class Evidence:
     def are_exactly(self, names: Iterable[str]) -> bool:
         """Whether these are the wrong parameters; a few of them may be right by chance (a gradient of zero)."""
         names = frozenset(names)
-        return bool(self.wrong) and self.wrong <= names and 2 * len(self.wrong) > len(names)
+        return bool(self.wrong) and self.wrong <= names and 4 * len(self.wrong) >= 3 * len(names)
 
     def of_kind(self, *kinds: str) -> list[str]:
         """Parameters that are cut in one of these ways."""
@@ -130,8 +130,8 @@ def _drawn(evidence: Evidence) -> Finding | None:
         f"{rows[0].name}: initial weight ({len(rows)} of {len(evidence.comparison.rows)} differ)",
         float("inf"),
         0.0,
-        "how the parameter is cut, or the random stream of its parts: a key or index that is the rank's "
-        "(parallel/shard.py, parallel/parameter.py)",
+        "how the parameter is cut, ZeRO's slices, or a random stream whose key or index is the rank's "
+        "(parallel/shard.py, parallel/parameter.py, parallel/gradient.py)",
     )
 
 
@@ -148,6 +148,10 @@ class _Rule:
             is_there = evidence.sizes["pp"] > 1
         elif self.axis == "documents":
             is_there = evidence.config.data.document_mask
+        elif self.axis == "attention_dropout":
+            is_there = evidence.config.model.attention_dropout > 0
+        elif self.axis == "experts":
+            is_there = evidence.config.model.experts is not None
         elif self.axis == "recompute":
             is_there = evidence.config.parallel.recompute != "none"
         else:
@@ -172,6 +176,12 @@ FORWARD = (
         "(layers/context.py); with tp > 1 also the all-reduce of attention.out over tp (layers/linear.py)",
     ),
     _Rule(
+        r"attention(\.out)?$",
+        "attention_dropout",
+        "all-reduce (reduce-scatter with sequence parallelism) of the row-parallel product over tp (layers/linear.py), "
+        "or the mask of attention dropout: the global head, row and key that it is keyed by (layers/dropout.py)",
+    ),
+    _Rule(
         r"(attention\.out|down|attention|mlp|shared)$",
         "tp",
         "all-reduce (reduce-scatter with sequence parallelism) of the row-parallel product over tp, or a "
@@ -188,6 +198,13 @@ FORWARD = (
 )
 
 BACKWARD = (
+    _Rule(r"mlp_norm$", "ep", "backward of the dispatch to experts: all-to-all over ep (layers/dispatch.py)"),
+    _Rule(
+        r"mlp_norm$",
+        "experts",
+        "backward of experts: the tokens that each rank of tp routes (parallel/tokens.py), the balance loss and its "
+        "load over the whole sequence, summed over tp and cp (layers/router.py)",
+    ),
     _Rule(
         r"head\.norm$",
         "tp",
@@ -206,7 +223,6 @@ BACKWARD = (
         "all-reduce (reduce-scatter with sequence parallelism) over tp of the input gradient of the column-parallel "
         "layer behind it, or all-gather of the row-parallel layer's (layers/linear.py)",
     ),
-    _Rule(r"mlp_norm$", "ep", "backward of the dispatch to experts: all-to-all over ep (layers/dispatch.py)"),
     _Rule(
         r"(^|\.)layers\.\d+$", "stages", "send/receive of gradients between stages (pipeline/transport.py)"
     ),
@@ -274,7 +290,7 @@ def _scaled(evidence: Evidence) -> str | None:
     axis, factor = evidence.axis_of_factor, evidence.factor
     if factor is None or not evidence.are_exactly(evidence.comparison.outcome.facts):
         return None
-    if axis is None:
+    if axis in (None, "pp"):  # no number is divided by the pipeline's ranks
         return "what the backward is seeded with: weight / global token count (assemble/step.py), or the loss scale"
     size = evidence.sizes[axis]
     if factor > 1:
@@ -310,7 +326,7 @@ def _backward(evidence: Evidence) -> Finding | None:
 
 @dataclass(frozen=True, slots=True)
 class _Class:
-    """If exactly these parameters are wrong, this is likely."""
+    """If exactly these parameters are wrong, this is likely. Of several that fit, the smallest class is meant."""
 
     names: Callable[[Evidence], list[str]]
     likely: str
@@ -320,7 +336,15 @@ def _named(pattern: str) -> Callable[[Evidence], list[str]]:
     return lambda evidence: [n for n in evidence.comparison.outcome.facts if re.search(pattern, n)]
 
 
+OTHERWISE = (
+    "the weight gradient of these modules alone, or the bucket that they share (parallel/gradient.py, "
+    "parallel/weight_queue.py)"
+)
 CLASSES = (
+    _Class(
+        lambda evidence: list(evidence.comparison.outcome.facts),
+        "all parameters: reduction of gradients over dp_cp (parallel/gradient.py)",
+    ),
     _Class(
         lambda evidence: [n for n, f in evidence.comparison.outcome.facts.items() if f.is_tied],
         "only the tied embedding: sum of its gradients between the first and the last stage over ends "
@@ -344,8 +368,13 @@ CLASSES = (
         "all but experts: reduction of gradients over dp_cp (parallel/gradient.py)",
     ),
     _Class(
-        lambda evidence: list(evidence.comparison.outcome.facts),
-        "all parameters: reduction of gradients over dp_cp (parallel/gradient.py)",
+        _named(r"(out|down)\.bias$"),
+        "only biases of row-parallel layers: added or counted once a rank of tp instead of once (layers/linear.py)",
+    ),
+    _Class(
+        _named(r"embedding\.word"),
+        "only the vocabulary-cut embedding: which rows are this rank's, and what of the rest leaves a gradient "
+        "(layers/embedding.py)",
     ),
     _Class(
         _named(r"embedding\.position"),
@@ -379,11 +408,9 @@ def _gradients(evidence: Evidence) -> Finding | None:
     if not rows:
         return None
     row = rows[0]
-    likely = _scaled(evidence) or next(
-        (known.likely for known in CLASSES if evidence.are_exactly(known.names(evidence))),
-        "the weight gradient of these modules alone, or the bucket that they share (parallel/gradient.py, "
-        "parallel/weight_queue.py)",
-    )
+    fitting = [known for known in CLASSES if evidence.are_exactly(known.names(evidence))]
+    closest = min(fitting, key=lambda known: len(known.names(evidence)), default=None)
+    likely = _scaled(evidence) or (OTHERWISE if closest is None else closest.likely)
     others = f" ({len(rows)} of {len(evidence.comparison.rows)} differ)"
     return Finding(
         f"{row.name}: gradient of step 1{_by(row.deviation.factor)}{others}",

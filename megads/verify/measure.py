@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megads.assemble.step import StepResult, train_step
 from megads.assemble.wiring import Model, build_engine, build_executors, build_model, layout_of
@@ -172,7 +173,7 @@ class RankResult:
     """What one rank has to say: its parts of the state and its numbers, as in `Outcome`."""
 
     initial: list[Part]
-    first: list[Part]
+    gradients: list[Part]
     final: list[Part]
     facts: dict[str, Facts]
     losses: list[float]
@@ -218,7 +219,7 @@ def measure(
     def work(control: Control) -> RankResult:
         return record(config, control, steps=steps, masks=masks, watch=watch)
 
-    return merge(config, fork_ranks(work, world_size, timeout=timeout, stall=stall))
+    return merge(fork_ranks(work, world_size, timeout=timeout, stall=stall))
 
 
 def record(
@@ -237,11 +238,11 @@ def record(
     tracer = Tracer(trainee.model, trainee.mesh, shape, None if watch is None else watch.against)
     with nullcontext() if watch is None else tracer:
         results = [trainee.first_step()]
-    first = trainee.parts()
+    gradients = _gradients(config, initial, trainee.parts(), norm=results[0].report.grad_norm)
     results += [trainee.step(number) for number in range(2, steps + 1)]
     return RankResult(
         initial,
-        first,
+        gradients,
         trainee.parts(),
         {stored_name(parameter): Facts.of(parameter) for parameter in trainee.model.parameters},
         [result.loss.item() for result in results],
@@ -252,18 +253,16 @@ def record(
     )
 
 
-def merge(config: Config, ranks: Sequence[RankResult]) -> Outcome:
+def merge(ranks: Sequence[RankResult]) -> Outcome:
     """The ranks' results as one."""
     facts: dict[str, Facts] = {}
     for rank in ranks:
         for name, fact in rank.facts.items():
             facts.setdefault(name, fact)
     bad: dict[str, None] = {}
-    initial, first, final = (
-        assemble([rank.initial for rank in ranks], bad),
-        assemble([rank.first for rank in ranks], bad),
-        assemble([rank.final for rank in ranks], bad),
-    )
+    initial = assemble([rank.initial for rank in ranks], bad)
+    gradients = assemble([rank.gradients for rank in ranks], bad)
+    final = assemble([rank.final for rank in ranks], bad)
     losses, norms = ranks[0].losses, ranks[0].norms
     disagreements = []
     for number, result in enumerate(ranks):
@@ -275,7 +274,7 @@ def merge(config: Config, ranks: Sequence[RankResult]) -> Outcome:
                 )
     return Outcome(
         _models(initial),
-        _gradients(config, initial, first, norm=norms[0]),
+        gradients,
         _models(final),
         facts,
         losses,
@@ -284,7 +283,7 @@ def merge(config: Config, ranks: Sequence[RankResult]) -> Outcome:
         sum_up([rank.outputs for rank in ranks]),
         sum_up([rank.gradient_flow for rank in ranks]),
         tuple(disagreements),
-        tuple(bad),
+        tuple(name for name in facts if name in bad) + tuple(bad.keys() - facts.keys()),
     )
 
 
@@ -292,18 +291,26 @@ def _models(whole: Arrays) -> Arrays:
     return {name: values for name, values in whole.items() if name.startswith(MODEL)}
 
 
-def _gradients(config: Config, initial: Arrays, first: Arrays, *, norm: float) -> Arrays:
-    """The gradients that made `first` of `initial`, by NAME."""
-    factor = float(clip_factor(torch.tensor(norm, dtype=torch.float64), config.optim.clip))
+def _gradients(config: Config, initial: Sequence[Part], first: Sequence[Part], *, norm: Tensor) -> list[Part]:
+    """The gradients that made `first` of `initial`, by NAME; this rank's, whose norm is `norm`."""
+    factor = float(clip_factor(norm, config.optim.clip))
     if config.optim.name == "sgd":
-        moved = {name: initial[name].astype(np.float64) - first[name] for name in _models(first)}
-        return {name.removeprefix(MODEL): values / (LR_SGD * factor) for name, values in moved.items()}
+        return [
+            Part(
+                after.name.removeprefix(MODEL),
+                after.shape,
+                after.box,
+                (before.values.astype(np.float64) - after.values) / (LR_SGD * factor),
+            )
+            for before, after in zip(initial, first, strict=True)
+            if after.name.startswith(MODEL)
+        ]
     share = (1.0 - config.optim.betas[0]) * factor
-    return {
-        name.removeprefix(MOMENT): values / values.dtype.type(share)
-        for name, values in first.items()
-        if name.startswith(MOMENT)
-    }
+    return [
+        Part(p.name.removeprefix(MOMENT), p.shape, p.box, p.values / p.values.dtype.type(share))
+        for p in first
+        if p.name.startswith(MOMENT)
+    ]
 
 
 def parts_of(pieces: Sequence[Piece]) -> list[Part]:
@@ -322,5 +329,5 @@ def assemble(ranks: Sequence[Sequence[Part]], bad: dict[str, None]) -> Arrays:
             seen.setdefault(part.name, np.zeros(part.shape, dtype=np.int8))[part.box.slices] += 1
     for name, count in seen.items():
         if not (count == 1).all():
-            bad.setdefault(name.removeprefix(MODEL))
+            bad.setdefault(name.rpartition("/")[2])
     return whole

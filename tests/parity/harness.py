@@ -184,7 +184,7 @@ def run_case(
             before(build_mesh(layout_of(config, size), rank))
         return measure.record(config, control, steps=steps)
 
-    found = measure.merge(config, run_ranks(work, case.world_size))
+    found = measure.merge(run_ranks(work, case.world_size))
     assert not found.disagreements, f"ranks disagree: {found.disagreements}"
     assert not found.misplaced, f"elements missing or written twice: {found.misplaced}"
     initial, gradients, final = (

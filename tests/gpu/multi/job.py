@@ -88,7 +88,7 @@ def outcome(
     mine = record(config, control, steps=STEPS, device=device)
     ranks: list[RankResult | None] | None = [None] * control.size if control.rank == 0 else None
     dist.gather_object(mine, ranks, group=group)
-    return None if ranks is None else merge(config, [rank for rank in ranks if rank is not None])
+    return None if ranks is None else merge([rank for rank in ranks if rank is not None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Reference:
         """On the CPU, where there is no other rank yet."""
         config = alone(make_config(model, Case(), precision="fp64"))
         low = with_precision(config, "bf16")
-        exact, rough = (merge(c, [record(c, Control(0, 1), steps=STEPS)]) for c in (config, low))
+        exact, rough = (merge([record(c, Control(0, 1), steps=STEPS)]) for c in (config, low))
         return cls(exact, bounds_of(compare(rough, exact, bounds=BOUNDS["fp64"])))
 
 
