@@ -13,6 +13,7 @@ from megads.data.blend import temperature_weights
 from megads.data.corpus import Corpus, open_corpora
 from megads.data.loader import Loader, ValidLoader
 from megads.data.origin import warning_of_order
+from megads.data.pack import Pack
 from megads.data.plan import plan_history
 from megads.data.prefetch import Prefetcher
 from megads.data.segment import CorpusShare, Segment
@@ -51,7 +52,7 @@ def open_source(config: Config) -> Source:
 
     Raises:
         ConfigError: the model's vocabulary is smaller than the tokenizer's.
-        DataError: a file that is absent, damaged, or made with another tokenizer.
+        DataError: a file that is absent, damaged, made with another tokenizer, or not packed where rows are wanted.
     """
     tokenizer = open_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
@@ -71,6 +72,8 @@ def open_source(config: Config) -> Source:
     )
     for corpus in (*source.train, *source.valid):
         corpus.check_tokenizer(tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
+        if config.data.packing == "best_fit":
+            Pack(corpus, config.data.sequence_length)  # refuses a corpus that was not packed
     return source
 
 
@@ -159,7 +162,7 @@ def prefetch(loader: Loader, steps: range, *, depth: int, mesh: Mesh) -> Prefetc
 
 
 def build_valid_loader(config: Config, corpus: Corpus, *, packing: Packing, mesh: Mesh) -> ValidLoader:
-    """All of a held-out corpus in order, in batches of `batch.global`."""
+    """All of a held-out corpus in batches of `batch.global`: in order, or in rows of documents (`data.packing`)."""
     group = mesh.group("dp")
     return ValidLoader(
         corpus,
@@ -168,4 +171,5 @@ def build_valid_loader(config: Config, corpus: Corpus, *, packing: Packing, mesh
         batch_size=config.batch.global_size,
         dp_rank=group.rank,
         dp_size=group.size,
+        rows=config.data.packing,
     )

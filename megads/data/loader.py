@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from megads.data.corpus import Corpus, check_ids
+from megads.data.pack import Pack
 from megads.data.sampler import Sampler
-from megads.data.segment import Segment, segment_at
+from megads.data.segment import PackingKind, Segment, segment_at
 from megads.data.sequence import Batch, Packing, Span, pack
 from megads.data.stream import TokenRange
 from megads.errors import DataError, LayoutError
@@ -108,7 +109,8 @@ class ValidLoader:
     Windows of `sequence_length` follow one another, each read afresh (no context from the window before); the
     last is padded with mask False. Every rank has the same number of batches, the last filled up with rows of
     mask False. With `Packing.eod_mask_loss` the first token of a document isn't counted: leave it off for
-    bits per byte.
+    bits per byte. With rows of `best_fit` every window is a row of PREFIX.pack-L instead: documents are whole, and
+    the first token of none is a label.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class ValidLoader:
         batch_size: int,
         dp_rank: int,
         dp_size: int,
+        rows: PackingKind = "cut",
     ) -> None:
         if batch_size % dp_size:
             raise LayoutError(
@@ -132,8 +135,9 @@ class ValidLoader:
                 f"{corpus.path}: nothing to predict", found=f"{corpus.num_tokens} token", allowed="2 or more"
             )
         self.corpus = corpus
-        self.num_labels = corpus.num_tokens - 1
-        self.num_windows = -(-self.num_labels // sequence_length)
+        self._rows = Pack(corpus, sequence_length) if rows == "best_fit" else None
+        self.num_labels = self._rows.manifest.tokens if self._rows else corpus.num_tokens - 1
+        self.num_windows = self._rows.num_rows if self._rows else -(-self.num_labels // sequence_length)
         self.num_batches = -(-self.num_windows // batch_size)
         self._packing = packing
         self._sequence_length = sequence_length
@@ -145,23 +149,34 @@ class ValidLoader:
     def text_bytes(self) -> int | None:
         """UTF-8 bytes of the whole corpus' text, for bits per byte; None where no manifest tells, or only part of the
         text is predicted."""
-        return None if self.corpus.has_mask else self.corpus.text_bytes
+        return None if self.corpus.has_mask or self._rows else self.corpus.text_bytes
 
     def batch(self, number: int) -> Batch:
         """This rank's rows of batch `number` (0..num_batches-1); its `step` is number + 1."""
-        length = self._sequence_length
-        rows: list[list[Span]] = []
-        for row in range(self._first_row, self._first_row + self._num_rows):
-            window = number * self._batch_size + row
-            start, stop = window * length, min((window + 1) * length, self.num_labels)
-            rows.append(
-                [read_span(self.corpus, start=start, stop=stop, packing=self._packing)]
-                if start < stop
-                else []
-            )
+        first = number * self._batch_size + self._first_row
+        rows = [
+            [
+                read_span(self.corpus, start=start, stop=stop, packing=self._packing)
+                for start, stop in self._window(window)
+            ]
+            for window in range(first, first + self._num_rows)
+        ]
         return pack(
-            rows, self._packing, sequence_length=length, first_sample=self._first_row, step=number + 1
+            rows,
+            self._packing,
+            sequence_length=self._sequence_length,
+            first_sample=self._first_row,
+            step=number + 1,
         )
+
+    def _window(self, window: int) -> list[tuple[int, int]]:
+        """The inputs [start, stop) of a window, none behind the last."""
+        if window >= self.num_windows:
+            return []
+        if self._rows:
+            return [(start, start + count) for start, count in self._rows.pieces(window)]
+        start = window * self._sequence_length
+        return [(start, min(start + self._sequence_length, self.num_labels))]
 
     def __iter__(self) -> Iterator[Batch]:
         return (self.batch(number) for number in range(self.num_batches))

@@ -332,7 +332,7 @@ def _samples(options: Options, inputs: Inputs, *, units: Sequence[Unit]) -> Iter
 
 
 def _report(shop: Workshop, manifests: tuple[Manifest, ...]) -> Report:
-    packs = tuple(write_pack(shop.prefixes[0], length) for length in shop.options.pack)
+    packs = tuple(write_pack(prefix, length) for prefix in shop.prefixes for length in shop.options.pack)
     return Report(
         prefixes=shop.prefixes,
         manifests=manifests,

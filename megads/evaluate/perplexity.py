@@ -2,10 +2,10 @@
 
     perplexity = exp(sum of losses / tokens)        bits per byte = sum of losses / ln 2 / UTF-8 bytes of the text
 
-Every token of the corpus but the first is predicted once, end-of-document tokens included; windows of the
-training length
-follow one another without context from the one before. Bits per byte do not depend on the tokenizer, so they compare
-with other models and with compressors.
+Every token of the corpus but the first is predicted once, end-of-document tokens included; windows of the training
+length follow one another without context from the one before. Bits per byte do not depend on the tokenizer, so they
+compare with other models and with compressors. Of chat data only what its loss mask counts is scored; after a run with
+`data.packing` best_fit documents are whole, in the rows of PREFIX.pack-L.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         batches = build_valid_loader(config, corpus, packing=packing, mesh=mesh)
         score = evaluate(batches, restored.model, executor=executor, mesh=mesh)
         if mesh.rank == 0:
-            print(_report(prefix, restored.step, score, corpus.text_bytes, as_json=options.json), flush=True)
+            print(_report(prefix, restored.step, score, batches.text_bytes, as_json=options.json), flush=True)
     disconnect()
     return 0
 
@@ -118,7 +118,11 @@ def _report(prefix: str, step: int, score: Score, text_bytes: int | None, *, as_
                 "bytes": text_bytes,
             }
         )
-    rest = "no bytes known (no manifest)" if bits is None else f"{bits:.4f} bits per byte"
+    rest = (
+        "no bits per byte (no manifest, or not all text counts)"
+        if bits is None
+        else f"{bits:.4f} bits per byte"
+    )
     return (
         f"{prefix} at step {step}: loss {score.loss:.4f}, perplexity {score.perplexity:.2f}, {rest}, "
         f"{log.format_count(score.num_tokens)} tokens"

@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 SCHEDULE_FILES = Path(__file__).parent / "schedules"
 
-RANKS = {"quickstart": 4, "quickstart-moe": 4, "gpt2-124m": 8, "llama-1b": 8, "llama-8b": 64}
+RANKS = {"quickstart": 4, "sft-gsm8k": 1, "quickstart-moe": 4, "gpt2-124m": 8, "llama-1b": 8, "llama-8b": 64}
 
 BASE = """\
 run: {steps: 10}
