@@ -85,6 +85,8 @@ class Duplicates:
 
 def _deal(buckets: Buckets, entries: NDArray[np.generic], *, which: NDArray[np.uint64]) -> None:
     """Append each entry to its bucket, keeping their order."""
+    if not entries.size:
+        return
     order = np.argsort(which, kind="stable")
     entries, which = entries[order], which[order]
     found, starts = np.unique(which, return_index=True)

@@ -172,11 +172,9 @@ class Encoder:
     def _keys(self, documents: Documents, sizes: NDArray[np.int64]) -> NDArray[np.uint64]:
         """The first 16 bytes of BLAKE3 of each document's text, [num_documents, 2]."""
         content = _content(documents.texts)
-        ends = np.cumsum(sizes).tolist()
-        starts = [0, *ends[:-1]]
-        digests = b"".join(
-            blake3(content[start:end]).digest(KEY_SIZE) for start, end in zip(starts, ends, strict=True)
-        )
+        ends = np.cumsum(sizes)
+        spans = zip((ends - sizes).tolist(), ends.tolist(), strict=True)
+        digests = b"".join(blake3(content[start:end]).digest(KEY_SIZE) for start, end in spans)
         return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
 
     def _without_forbidden(self, unit: Unit, documents: Documents) -> Documents:
