@@ -84,3 +84,29 @@ def test_boxes_intersect_and_shift() -> None:
     assert a.intersect(Box((3, 0), (4, 3))) is None
     assert b.shift((1, 1)) == Box((3, 2), (6, 3))
     assert (b.shape, b.size) == ((3, 1), 3)
+
+
+def test_a_parameter_of_experts_lies_in_their_grid() -> None:
+    """What is reduced over whom, and whose copies are counted once."""
+    stacked = ShardSpec((8, 6, 4), (Cut(0, "ep"), Cut(1, "etp", (3, 3))))
+    dealt = ShardSpec((8, 6), (Cut(0, "ep"),))
+    column, norm = ShardSpec((6, 4), (Cut(0, "tp"),)), ShardSpec((4,))
+    found = [(s.is_expert, s.reduction, s.replicas) for s in (stacked, dealt, column, norm)]
+    assert found == [
+        (True, "edp", ()),
+        (True, "edp", ("etp",)),
+        (False, "dp_cp", ()),
+        (False, "dp_cp", ("tp",)),
+    ]
+
+
+def test_stacked_experts_are_cut_by_both_axes() -> None:
+    """8 experts over 4 ranks, gate and up of each over 2: rank (1, 1) has experts 2, 3 and the second halves."""
+    spec = ShardSpec((8, 6, 4), (Cut(0, "ep"), Cut(1, "etp", (4, 2))))
+    sizes, ranks = {"ep": 4, "etp": 2}, {"ep": 1, "etp": 1}
+    assert local_shape(spec, sizes, name="w") == (2, 3, 4)
+    found = regions(spec, sizes, ranks=ranks, name="w")
+    assert [(r.source.start, r.source.stop, r.local.start, r.block) for r in found] == [
+        ((2, 2, 0), (4, 4, 4), (0, 0, 0), 0),
+        ((2, 5, 0), (4, 6, 4), (0, 2, 0), 1),
+    ]

@@ -93,6 +93,22 @@ CASES = (
     ("capacity", Case(pipeline=2, micro=4, recompute=("attention", "mlp"))),
     ("capacity", Case(tensor=2, data=2, expert=2, micro=2, sequence=True)),
 )
+MORE = (
+    ("sequence", Case(pipeline=2, data=2, expert=2, micro=2, schedule="dualpipe_v", chunks=2)),
+    ("sequence", Case(pipeline=2, tensor=2, expert=2, expert_tensor=1, micro=4, schedule="zbv", chunks=2)),
+    ("sequence", Case(data=4, expert=2, micro=7, zero=1, bucket=2000, offload=True)),
+    ("context", Case(tensor=2, context=2, data=2, expert=4, micro=7, sequence=True, zero=1)),
+    ("bias", Case(tensor=2, data=2, expert=2, micro=2, recompute=("norm", "activation"), offload=True)),
+    ("bias", Case(pipeline=4, data=2, expert=2, micro=2, recompute="full")),
+    (
+        "bias",
+        Case(tensor=2, pipeline=2, data=2, expert=2, micro=2, sequence=True, zero=1, recompute=("mlp",)),
+    ),
+    ("capacity", Case(data=4, expert=4, micro=7, zero=1)),
+    ("capacity", Case(tensor=4, pipeline=2, expert=2, expert_tensor=2, micro=7)),
+    ("context", Case(context=2, data=2, expert=4, micro=7, context_kind="all_gather", recompute="full")),
+    ("context", Case(context=2, tensor=2, expert=2, expert_tensor=2, micro=7)),
+)
 
 
 @functools.cache
@@ -102,6 +118,16 @@ def reference(name: str) -> Outcome:
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}-{case}" for name, case in CASES])
 def test_layout_changes_nothing(name: str, case: Case) -> None:
+    check(name, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "case"), MORE, ids=[f"{name}-{case}" for name, case in MORE])
+def test_more_layouts_change_nothing(name: str, case: Case) -> None:
+    check(name, case)
+
+
+def check(name: str, case: Case) -> None:
     expected = reference(name)
     got = run_case(MODELS[name], case, precision="fp64", steps=3)
     assert all(torch.equal(expected.initial[n], got.initial[n]) for n in expected.initial)
