@@ -20,5 +20,6 @@ part() { # name, seconds, command ...
 [ -f megads/ops/_csrc.so ] || part build 120 "$PYTHON" setup.py build_ext --inplace
 part tests 150 "$PYTHON" -m pytest -m gpu tests/gpu -p no:cacheprovider --tb=short
 part norm 120 "$PYTHON" -m tools.bench.norm
+part experts 120 "$PYTHON" -m tools.bench.experts
 part step 330 "$PYTHON" -m tools.bench.step "$@"
 [ ${#FAILED[@]} -eq 0 ] || { echo "failed: ${FAILED[*]}"; exit 1; }
