@@ -71,6 +71,7 @@ class SelfAttention(torch.nn.Module):
         if self._rope_theta is not None:
             angles = rotary_angles(batch.positions, dim=self._dim, theta=self._rope_theta)
             q, k = rotary(q, angles), rotary(k, angles)
+            v = v.contiguous()  # as a part of `fused` it would keep q and k as they were before
         attended = context_attention(
             q,
             k,

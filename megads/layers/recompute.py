@@ -1,11 +1,13 @@
 """What is kept for the backward: everything, or less at the price of computing some of it again.
 
-    keep (per layer, llama, in tensors of [seq, batch, hidden]; f = ffn / hidden)
-    none                    11 + 3 f      inputs of all products, q k v before and after rotation, attention's result
-    norm                     9 + 3 f      the norms' outputs are made again from their inputs: two cheap passes
-    activation              11 + 2 f      the activation's output is made again: one cheap pass
-    attention, mlp           less         that branch of the layer runs again, with its norm and its products
-    full                     1            the whole layer runs again (Chen et al. 2016)
+    kept by a Llama layer, in tensors of [seq, batch, hidden]; f = ffn / hidden, all heads with keys of their own
+    none               9 + 3 f     inputs of all products and norms, q k v, attention's result as it came
+    norm               7 + 3 f     the norms' outputs are made again from their inputs
+    activation         9 + 2 f     the activation's output is made again
+    attention          3 + 3 f     that branch runs again, with its norm and its products
+    mlp                8           the other one
+    attention, mlp     2
+    full               1           the whole layer runs again (Chen et al. 2016)
 
 A whole run again is a `recomputed` call: a function's input is kept and the function runs once more in the backward.
 A cheap part is an `Origin`: the linear layer behind it keeps the origin of its input in place of the input and makes it
