@@ -85,6 +85,22 @@ def test_slow_combinations_change_nothing(model: Model, case: Case) -> None:
     check(model, case)
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble_h1", "zero_bubble_h2"])
+def test_the_order_of_the_work_changes_no_bit(schedule: str) -> None:
+    """Stages on the same ranks add up the same micro-batches in the same order, whole or split, in float32."""
+    found = run_case(LLAMA, Case(pipeline=2, micro=4, schedule=schedule), precision="fp32", steps=2)
+    expected = _in_order()
+    assert found.losses == expected.losses
+    assert found.norms == expected.norms
+    assert all(torch.equal(found.final[name], value) for name, value in expected.final.items())
+    assert all(torch.equal(found.gradients[name], value) for name, value in expected.gradients.items())
+
+
+@functools.cache
+def _in_order() -> Outcome:
+    return run_case(LLAMA, Case(pipeline=2, micro=4), precision="fp32", steps=2)
+
+
 LIVE_CASES = (
     Case(pipeline=2, micro=4, schedule="gpipe"),
     Case(pipeline=4, micro=4),
