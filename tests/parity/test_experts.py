@@ -32,6 +32,7 @@ from tests.parity.harness import (
     make_config,
     run_case,
 )
+from tests.parity.routing import Choices
 from tests.ranks import run_ranks
 
 # balance weights far above what one would train with, so that the losses are a good part of the gradient
@@ -320,3 +321,52 @@ def test_broken_code_is_seen(name: str, mutation: Callable[[Mesh], None], case: 
         assert "ranks disagree" in str(error) or "missing or written twice" in str(error)
     else:
         assert max(gradient_error(got, reference(name)).values()) > 1e-4
+
+
+# --- near-ties
+
+
+def step_with_twins(
+    case: Case, *, precision: str, record: Choices | None = None, replay: Choices | None = None
+) -> tuple[dict[str, torch.Tensor], Choices | None, int]:
+    """Gradients of one step of a model whose experts 0 and 1 are chosen by rounding alone; choices; replays."""
+    config = make_config(SEQUENCE, case, precision=precision)
+
+    def work(rank: int, size: int) -> Any:
+        mesh = build_mesh(layout_of(config, size), rank)
+        model = build_model(config, mesh, vocab=VOCAB)
+        for parameter in model.parameters:
+            if parameter.logical_name.endswith("router.weight"):
+                parameter.data[1] = parameter.data[0] * (1 + 1e-7)
+        if record is not None:
+            record.record(model.stages.values())
+        if replay is not None:
+            replay.replay(model.stages.values())
+        engine = build_engine(config, model, mesh=mesh)
+        executor = build_executors(config, model, mesh=mesh).train
+        rows = GLOBAL_BATCH // mesh.layout.data
+        batch = make_batch(1).rows(mesh.group("dp").rank * rows, (mesh.group("dp").rank + 1) * rows)
+        train_step(batch, executor=executor, engine=engine, mesh=mesh, lr=1e-3)
+        return _copies(engine.state()), record, 0 if replay is None else replay.num_near
+
+    results = run_ranks(work, case.world_size)
+    whole = assemble([r[0] for r in results])
+    moments = {n: v.double() for n, v in whole.items() if n.startswith("optim/exp_avg/")}
+    return moments, results[0][1], sum(r[2] for r in results)
+
+
+def test_near_ties_are_replayed_from_the_reference() -> None:
+    expected, choices, _ = step_with_twins(Case(micro=GLOBAL_BATCH), precision="fp64", record=Choices())
+    case = Case(tensor=2, expert=2, expert_tensor=1, micro=14)
+
+    def worst(found: dict[str, torch.Tensor]) -> float:
+        total = sum(float(g.square().sum()) for g in expected.values()) ** 0.5
+        return max(
+            float((found[n] - g).norm()) / max(float(g.norm()), 1e-4 * total) for n, g in expected.items()
+        )
+
+    got, _, num_near = step_with_twins(case, precision="fp32", replay=choices)
+    assert worst(got) <= 1e-5
+    assert num_near > 0
+    alone, _, _ = step_with_twins(case, precision="fp32")
+    assert worst(alone) > 1e-3, "rounding decided nothing: the case shows nothing"
