@@ -94,7 +94,6 @@ class TokenPlaces:
         rows: [t] int64, row of the micro-batch.
         columns: [t] int64, place in the sequence.
         samples: [t] int64, index in the step's global batch.
-        step: of the optimizer; with sample and column it names a token, whatever the layout.
         num_rows: of the micro-batch.
         sequence_length: of a whole row.
         shares: how the tensor-parallel ranks share the tokens of the stage's activation.
@@ -103,7 +102,6 @@ class TokenPlaces:
     rows: Tensor
     columns: Tensor
     samples: Tensor
-    step: int
     num_rows: int
     sequence_length: int
     shares: Shares
@@ -120,7 +118,7 @@ class TokenPlaces:
         rows = index % num_rows
         columns = batch.places[torch.div(index, num_rows, rounding_mode="floor")]
         length = seq * mesh.group("cp").size
-        return cls(rows, columns, batch.samples[rows], batch.step, num_rows, length, shares)
+        return cls(rows, columns, batch.samples[rows], num_rows, length, shares)
 
     @property
     def num_tokens(self) -> int:

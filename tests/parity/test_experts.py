@@ -19,6 +19,7 @@ from megads.parallel.collectives import Pending
 from megads.parallel.mesh import Group, Mesh, build_mesh
 from megads.parallel.parameter import Piece
 from megads.parallel.shard import ShardSpec
+from megads.verify.routing import RouteKeeper, Routes
 from tests.parity.harness import (
     GLOBAL_BATCH,
     SEQ,
@@ -32,7 +33,6 @@ from tests.parity.harness import (
     make_config,
     run_case,
 )
-from tests.parity.routing import Choices
 from tests.ranks import run_ranks
 
 # balance weights far above what one would train with, so that the losses are a good part of the gradient
@@ -327,8 +327,8 @@ def test_broken_code_is_seen(name: str, mutation: Callable[[Mesh], None], case: 
 
 
 def step_with_twins(
-    case: Case, *, precision: str, record: Choices | None = None, replay: Choices | None = None
-) -> tuple[dict[str, torch.Tensor], Choices | None, int]:
+    case: Case, *, precision: str, against: Routes | None
+) -> tuple[dict[str, torch.Tensor], Routes, int]:
     """Gradients of one step of a model whose experts 0 and 1 are chosen by rounding alone; choices; replays."""
     config = make_config(SEQUENCE, case, precision=precision)
 
@@ -338,16 +338,13 @@ def step_with_twins(
         for parameter in model.parameters:
             if parameter.logical_name.endswith("router.weight"):
                 parameter.data[1] = parameter.data[0] * (1 + 1e-7)
-        if record is not None:
-            record.record(model.stages.values())
-        if replay is not None:
-            replay.replay(model.stages.values())
         engine = build_engine(config, model, mesh=mesh)
         executor = build_executors(config, model, mesh=mesh).train
         rows = GLOBAL_BATCH // mesh.layout.data
         batch = make_batch(1).rows(mesh.group("dp").rank * rows, (mesh.group("dp").rank + 1) * rows)
-        train_step(batch, executor=executor, engine=engine, mesh=mesh, lr=1e-3)
-        return _copies(engine.state()), record, 0 if replay is None else replay.num_near
+        with RouteKeeper(model, (GLOBAL_BATCH, SEQ), against) as keeper:
+            train_step(batch, executor=executor, engine=engine, mesh=mesh, lr=1e-3)
+        return _copies(engine.state()), keeper.routes, keeper.num_replayed
 
     results = run_ranks(work, case.world_size)
     whole = assemble([r[0] for r in results])
@@ -356,7 +353,7 @@ def step_with_twins(
 
 
 def test_near_ties_are_replayed_from_the_reference() -> None:
-    expected, choices, _ = step_with_twins(Case(micro=GLOBAL_BATCH), precision="fp64", record=Choices())
+    expected, routes, _ = step_with_twins(Case(micro=GLOBAL_BATCH), precision="fp64", against=None)
     case = Case(tensor=2, expert=2, expert_tensor=1, micro=14)
 
     def worst(found: dict[str, torch.Tensor]) -> float:
@@ -365,8 +362,8 @@ def test_near_ties_are_replayed_from_the_reference() -> None:
             float((found[n] - g).norm()) / max(float(g.norm()), 1e-4 * total) for n, g in expected.items()
         )
 
-    got, _, num_near = step_with_twins(case, precision="fp32", replay=choices)
+    got, _, num_replayed = step_with_twins(case, precision="fp32", against=routes)
     assert worst(got) <= 1e-5
-    assert num_near > 0
-    alone, _, _ = step_with_twins(case, precision="fp32")
+    assert num_replayed > 0
+    alone, _, _ = step_with_twins(case, precision="fp32", against=None)
     assert worst(alone) > 1e-3, "rounding decided nothing: the case shows nothing"
