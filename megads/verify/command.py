@@ -18,7 +18,8 @@ from megads.assemble import rules
 from megads.errors import ConfigError
 from megads.verify.compare import BOUNDS, Bounds, bounds_of, compare
 from megads.verify.diagnose import diagnose
-from megads.verify.measure import Outcome, Watch, measure
+from megads.verify.measure import Watch, measure
+from megads.verify.outcome import Outcome
 from megads.verify.ranks import RanksError
 from megads.verify.report import Report, show
 from megads.verify.round_trip import RoundTrip, round_trips
@@ -107,7 +108,7 @@ def _verify(trial: Trial, trials: Sequence[Trial], reference: Outcome, options: 
     report = Report(trial.name, precision, trial.world_size, 0.0)
     try:
         bounds = _bounds(trial, reference, steps=options.steps)
-        watch = Watch(reference.trace) if precision in BOUNDS else None
+        watch = Watch(reference, modules=precision in BOUNDS)
         outcome = measure(trial.config, trial.world_size, steps=options.steps, watch=watch)
         comparison = compare(outcome, reference, bounds=bounds)
         report = replace(report, comparison=comparison)

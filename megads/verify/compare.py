@@ -18,7 +18,8 @@ from types import MappingProxyType
 import numpy as np
 
 from megads.parallel.shard import Box
-from megads.verify.measure import LR, MODEL, Array, Outcome
+from megads.verify.measure import LR
+from megads.verify.outcome import MODEL, Array, Outcome
 from megads.verify.trace import Deviation
 
 NOISE = 1e-4  # share of the global norm below which a gradient's own size no longer counts

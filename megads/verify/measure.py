@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megads.assemble.step import StepResult, train_step
@@ -26,89 +25,18 @@ from megads.optim.clip import clip_factor
 from megads.optim.engine import Engine
 from megads.parallel.control import Control
 from megads.parallel.mesh import Mesh, build_mesh
-from megads.parallel.parameter import Piece, ShardedParameter, stored_name
-from megads.parallel.shard import EXPERT_AXES, Box, Shape, block_box
+from megads.parallel.parameter import stored_name
 from megads.pipeline.executor import Executor
 from megads.verify.batch import Masks, synthetic_batch
+from megads.verify.outcome import MODEL, Facts, Outcome, Part, RankResult, merge, parts_of
 from megads.verify.ranks import fork_ranks
-from megads.verify.trace import Deviations, Trace, Tracer, sum_up
+from megads.verify.routing import RouteKeeper
+from megads.verify.trace import Tracer
 
 LR = 1e-3
 LR_SGD = 1.0  # large, so that the movement of a weight shows its gradient
 MOMENT = "optim/exp_avg/"
-MODEL = "model/"
 MAX_SKIPS = 24  # steps that fp16's loss scale may skip before the first good one
-
-Array = NDArray[np.floating]
-Arrays = dict[str, Array]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A box of a logical tensor, as it leaves its process."""
-
-    name: str
-    shape: Shape
-    box: Box
-    values: Array
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a declaration says of a parameter under a layout.
-
-    Attributes:
-        kind: how it is cut: `column`, `row` or `vocabulary` over tp, `expert` over ep and etp, or `whole`.
-        is_partial: whether ranks of tp each have a part of its gradient's sum.
-        is_tied: whether the first and the last stage share it.
-        blocks: the fused parts.
-    """
-
-    kind: str
-    is_partial: bool
-    is_tied: bool
-    blocks: tuple[Box, ...]
-
-    @classmethod
-    def of(cls, parameter: ShardedParameter) -> Facts:
-        """Of a parameter on this rank."""
-        spec = parameter.spec
-        over_tp = [cut for cut in spec.cuts if cut.axis == "tp"]
-        kind = "whole"
-        if spec.axes & set(EXPERT_AXES):
-            kind = "expert"
-        elif over_tp:
-            kind = "vocabulary" if over_tp[0].pad else "column" if over_tp[0].dim == 0 else "row"
-        num_blocks = max((len(cut.blocks) for cut in spec.cuts), default=1) or 1
-        blocks = tuple(block_box(spec, number) for number in range(num_blocks))
-        return cls(kind, bool(spec.partial), spec.tie is not None, blocks)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came out: logical tensors by name, losses and gradient norms by step.
-
-    Attributes:
-        initial, final: weights before and after, float32 or float64, by `model/NAME`.
-        gradients: of step 1, before clipping, by NAME.
-        facts: declarations by NAME, in the order of the forward.
-        trace: of the reference.
-        outputs, gradient_flow: deviations of modules' outputs and of their gradients from the reference's.
-        disagreements: what ranks say differently although it is one number.
-        misplaced: tensors of which elements are missing or are there twice, in the order of the forward.
-    """
-
-    initial: Arrays
-    gradients: Arrays
-    final: Arrays
-    facts: dict[str, Facts]
-    losses: list[float]
-    norms: list[float]
-    trace: Trace = field(default_factory=Trace)
-    outputs: Deviations = field(default_factory=dict)
-    gradient_flow: Deviations = field(default_factory=dict)
-    disagreements: tuple[str, ...] = ()
-    misplaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,29 +97,17 @@ class Trainee:
 
 
 @dataclass(frozen=True, slots=True)
-class RankResult:
-    """What one rank has to say: its parts of the state and its numbers, as in `Outcome`."""
-
-    initial: list[Part]
-    gradients: list[Part]
-    final: list[Part]
-    facts: dict[str, Facts]
-    losses: list[float]
-    norms: list[float]
-    trace: Trace
-    outputs: Deviations
-    gradient_flow: Deviations
-
-
-@dataclass(frozen=True, slots=True)
 class Watch:
-    """Whether modules are watched in step 1.
+    """What is looked at besides the state.
 
     Attributes:
-        against: the reference to compare them with; None: this run is the reference.
+        against: the reference: modules are compared with its, and near-ties of routers go its way (in fp64 none); None:
+            this run is the reference.
+        modules: whether modules are watched in step 1.
     """
 
-    against: Trace | None = None
+    against: Outcome | None = None
+    modules: bool = True
 
 
 def measure(
@@ -235,11 +151,17 @@ def record(
     trainee = Trainee.build(config, control, masks=masks, device=device)
     initial = trainee.parts()
     shape = (config.batch.global_size, config.data.sequence_length)
-    tracer = Tracer(trainee.model, trainee.mesh, shape, None if watch is None else watch.against)
-    with nullcontext() if watch is None else tracer:
-        results = [trainee.first_step()]
-    gradients = _gradients(config, initial, trainee.parts(), norm=results[0].report.grad_norm)
-    results += [trainee.step(number) for number in range(2, steps + 1)]
+    against = None if watch is None else watch.against
+    tracer = Tracer(trainee.model, trainee.mesh, shape, None if against is None else against.trace)
+    keeper = RouteKeeper(trainee.model, shape, None if against is None else against.routes)
+    is_kept = watch is not None and (against is None or config.optim.precision != "fp64")
+    with keeper if is_kept else nullcontext():
+        with tracer if watch is not None and watch.modules else nullcontext():
+            results = [trainee.first_step()]
+        gradients = _gradients(config, initial, trainee.parts(), norm=results[0].report.grad_norm)
+        for number in range(2, steps + 1):
+            keeper.step = number
+            results.append(trainee.step(number))
     return RankResult(
         initial,
         gradients,
@@ -250,45 +172,10 @@ def record(
         tracer.trace,
         tracer.outputs,
         tracer.gradients,
+        keeper.routes,
+        keeper.num_replayed,
+        keeper.num_choices,
     )
-
-
-def merge(ranks: Sequence[RankResult]) -> Outcome:
-    """The ranks' results as one."""
-    facts: dict[str, Facts] = {}
-    for rank in ranks:
-        for name, fact in rank.facts.items():
-            facts.setdefault(name, fact)
-    bad: dict[str, None] = {}
-    initial = assemble([rank.initial for rank in ranks], bad)
-    gradients = assemble([rank.gradients for rank in ranks], bad)
-    final = assemble([rank.final for rank in ranks], bad)
-    losses, norms = ranks[0].losses, ranks[0].norms
-    disagreements = []
-    for number, result in enumerate(ranks):
-        for what, mine, theirs in (("loss", losses, result.losses), ("gradient norm", norms, result.norms)):
-            step = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), None)
-            if step is not None:
-                disagreements.append(
-                    f"{what} of step {step + 1}: rank 0 {mine[step]!r}, rank {number} {theirs[step]!r}"
-                )
-    return Outcome(
-        _models(initial),
-        gradients,
-        _models(final),
-        facts,
-        losses,
-        norms,
-        ranks[0].trace,
-        sum_up([rank.outputs for rank in ranks]),
-        sum_up([rank.gradient_flow for rank in ranks]),
-        tuple(disagreements),
-        tuple(name for name in facts if name in bad) + tuple(bad.keys() - facts.keys()),
-    )
-
-
-def _models(whole: Arrays) -> Arrays:
-    return {name: values for name, values in whole.items() if name.startswith(MODEL)}
 
 
 def _gradients(config: Config, initial: Sequence[Part], first: Sequence[Part], *, norm: Tensor) -> list[Part]:
@@ -311,23 +198,3 @@ def _gradients(config: Config, initial: Sequence[Part], first: Sequence[Part], *
         for p in first
         if p.name.startswith(MOMENT)
     ]
-
-
-def parts_of(pieces: Sequence[Piece]) -> list[Part]:
-    """Copies of pieces that can leave the process."""
-    return [Part(p.name, p.shape, p.box, p.tensor.detach().cpu().numpy().copy()) for p in pieces]
-
-
-def assemble(ranks: Sequence[Sequence[Part]], bad: dict[str, None]) -> Arrays:
-    """Logical tensors from every rank's parts; names of those with elements missing or doubled go to `bad`."""
-    whole: Arrays = {}
-    seen: dict[str, NDArray[np.int8]] = {}
-    for parts in ranks:
-        for part in parts:
-            target = whole.setdefault(part.name, np.zeros(part.shape, dtype=part.values.dtype))
-            target[part.box.slices] = part.values
-            seen.setdefault(part.name, np.zeros(part.shape, dtype=np.int8))[part.box.slices] += 1
-    for name, count in seen.items():
-        if not (count == 1).all():
-            bad.setdefault(name.rpartition("/")[2])
-    return whole

@@ -91,6 +91,9 @@ def _numbers(comparison: Comparison) -> Iterable[str]:
     yield f"  initial weights  {equal}"
     yield f"  losses           {losses} (bound {bounds.loss:.0e})"
     yield f"  gradient norm    {comparison.norm:.1e} (bound {bounds.norm:.0e})"
+    found = comparison.outcome
+    if found.num_choices:
+        yield f"  near-ties        {found.num_replayed} of {found.num_choices} choices of experts are the reference's"
 
 
 def _table(comparison: Comparison) -> Iterable[tuple[str, ...]]:

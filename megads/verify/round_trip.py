@@ -22,7 +22,8 @@ from megads.checkpoint.save import save
 from megads.config.root import Config
 from megads.parallel.control import Control
 from megads.verify.compare import BOUNDS, Bounds
-from megads.verify.measure import Arrays, Trainee, assemble, parts_of
+from megads.verify.measure import Trainee
+from megads.verify.outcome import Arrays, assemble, parts_of
 from megads.verify.ranks import fork_ranks
 from megads.verify.trial import Trial
 

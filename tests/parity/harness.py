@@ -23,9 +23,10 @@ from megads.config.run import RunConfig
 from megads.data.sequence import Batch
 from megads.parallel.control import Control
 from megads.parallel.mesh import Mesh, build_mesh
-from megads.verify import measure
+from megads.verify import outcome
 from megads.verify.batch import synthetic_batch
 from megads.verify.compare import BOUNDS, compare
+from megads.verify.measure import record
 from tests.ranks import run_ranks
 
 GLOBAL_BATCH = 28  # 7 micro-batches under every data-parallel degree
@@ -81,7 +82,7 @@ class Outcome:
     final: dict[str, torch.Tensor]
     losses: list[float]
     norms: list[float]
-    measured: measure.Outcome
+    measured: outcome.Outcome
 
 
 @dataclass(frozen=True)
@@ -178,13 +179,13 @@ def run_case(
     """Train `steps` steps under the layout; `before` may break something in each rank first (mutation tests)."""
     config = make_config(model, case, precision=precision)
 
-    def work(rank: int, size: int) -> measure.RankResult:
+    def work(rank: int, size: int) -> outcome.RankResult:
         control = Control(rank, size, torch.distributed.group.WORLD if size > 1 else None)
         if before is not None:
             before(build_mesh(layout_of(config, size), rank))
-        return measure.record(config, control, steps=steps)
+        return record(config, control, steps=steps)
 
-    found = measure.merge(run_ranks(work, case.world_size))
+    found = outcome.merge(run_ranks(work, case.world_size))
     assert not found.disagreements, f"ranks disagree: {found.disagreements}"
     assert not found.misplaced, f"elements missing or written twice: {found.misplaced}"
     initial, gradients, final = (

@@ -24,7 +24,8 @@ from megads.parallel.bootstrap import connect, device_of, disconnect
 from megads.parallel.control import Control
 from megads.parallel.place import discover
 from megads.verify.compare import BOUNDS, Bounds, Comparison, bounds_of, compare
-from megads.verify.measure import Outcome, RankResult, merge, record
+from megads.verify.measure import record
+from megads.verify.outcome import Outcome, RankResult, merge
 from megads.verify.trial import with_precision
 from tests.parity.harness import Case, Model, make_config
 
