@@ -58,4 +58,5 @@ class ParallelConfig:
     """Keep what layers need for their backward in the host's memory; copies run beside the compute."""
     loss_chunk: PositiveInt | None = None
     """Tokens whose logits exist at a time: output head and loss run chunk by chunk, forward and gradient, and no logits
-    are kept; null: all tokens of a micro-batch at once."""
+    are kept, but for each micro-batch alive on the last stage one gradient of the head's weight; null: all tokens of a
+    micro-batch at once."""

@@ -8,11 +8,12 @@
     row               all-reduce                 .                             dy^T x
     with sequence parallelism x of column and y of row are [seq / n, ...]:
     column            all-gather x               reduce-scatter, under way     dy^T x, x gathered again
-    row               reduce-scatter y           all-gather dy                 dy^T x
+    row               reduce-scatter y           all-gather dy                 dy^T x, dy gathered again in a W
 
 (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.) The weight gradient is added to the parameter's
 `.grad` here, in that buffer's dtype, and not handed to autograd: low-precision weights accumulate in float32. It is
-work in the scope's `WeightQueue`, so that a schedule may put it off; x is then gathered by W itself, not held whole.
+work in the scope's `WeightQueue`, so that a schedule may put it off; x of column and dy of row are then gathered by W
+itself, not held whole.
 
 In the forward, and in an I, nothing is left to hide communication behind but the product itself: with
 `parallel.sequence_pieces` sequence-parallel activations travel in pieces, one while another is multiplied.
@@ -174,11 +175,18 @@ class _Row(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = _kept(ctx), ctx.weight
+        (part,), x, weight, cutting = gradients, _kept(ctx), ctx.weight, ctx.cutting
         with torch.no_grad():
-            dy = ctx.cutting.whole(gradients[0]).wait()
-            dx = dy @ weight
-            ctx.cutting.queue.put(lambda: add_weight_gradient(weight, dy=dy, x=x()), weight)
+            whole = cutting.whole(part).wait()
+            dx = whole @ weight
+            # this rank's part of dy alone waits for W, which makes it whole again
+            at_hand = None if cutting.queue.is_deferring else whole
+
+            def weight_gradient() -> None:
+                dy = cutting.whole(part).wait() if at_hand is None else at_hand
+                add_weight_gradient(weight, dy=dy, x=x())
+
+            cutting.queue.put(weight_gradient, weight)
             return dx, None, None, None
 
 

@@ -94,8 +94,8 @@ def test_numbers_of_one_process(
     [
         (1, False, [2, 5]),  # forward: gather, scatter; backward: gather dy, gather x, scatter dx
         (3, False, [6, 11]),  # the forward's both and the scatter of dx in three pieces
-        (1, True, [2, 4, 5]),  # x is gathered in W
-        (3, True, [6, 10, 11]),
+        (1, True, [2, 4, 6]),  # W gathers x, and dy again
+        (3, True, [6, 10, 12]),
     ],
 )
 def test_collectives_are_counted(pieces: int, defers: bool, expected: list[int]) -> None:
