@@ -33,6 +33,27 @@ def test_a_benchmark_ends_with_its_table(module: str, lines: tuple[str, ...]) ->
     assert not missing, table
 
 
+def test_the_loader_is_measured_beside_training() -> None:
+    command = [sys.executable, "-m", "tools.bench.loader", "configs/quickstart.yaml", "--synthetic", "0.1"]
+    command += [
+        "--device",
+        "cpu",
+        "--repeats",
+        "2",
+        "--steps",
+        "1",
+        "model.vocab=256",
+        "data.packing=best_fit",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.rindex("\ncommand:") :]
+    assert "16 samples of 128 tokens a step, best_fit, 1 corpora of 0 M tokens" in table
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[4:]}
+    assert list(rows)[-4:] == ["gather", "loader", "prefetch", "training"]
+    assert float(rows["loader"][2]) > 1 == float(rows["training"][2])
+
+
 @pytest.mark.slow
 def test_several_ranks_end_with_their_tables(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.bench.multi_gpu", "--nproc", "2", "--tiny"]
