@@ -34,7 +34,7 @@ ONLY_IN = {
     "torch.distributed": (
         "megads/parallel/mesh.py", "megads/parallel/bootstrap.py", "megads/parallel/collectives.py",
         "megads/parallel/control.py", "megads/pipeline/transport.py", "megads/checkpoint/save.py",
-        "megads/checkpoint/load.py", "megads/train/launch.py",
+        "megads/checkpoint/load.py", "megads/train/launch.py", "tools/bench/collectives.py",
     ),
     "deepspeed": ("megads/optim/deepspeed_zero.py", "megads/parallel/bootstrap.py"),
     "apex": ("megads/ops/extension.py",),

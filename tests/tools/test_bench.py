@@ -48,7 +48,7 @@ def test_the_loader_is_measured_beside_training() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     table = done.stdout[done.stdout.rindex("\ncommand:") :]
-    assert "16 samples of 128 tokens a step, best_fit, 1 corpora of 0 M tokens" in table
+    assert "16 samples of 128 tokens a step, best_fit, 1 corpora of 0 M tokens" in table, table
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[4:]}
     assert list(rows)[-4:] == ["gather", "loader", "prefetch", "training"]
     assert float(rows["loader"][2]) > 1 == float(rows["training"][2])

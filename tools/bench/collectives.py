@@ -40,7 +40,7 @@ class Reading:
     bus_gbps: float
 
 
-def operations(buffer: Tensor, size: int, rank: int) -> Mapping[str, tuple[Callable[[], object], float]]:
+def operations(buffer: Tensor, *, size: int, rank: int) -> Mapping[str, tuple[Callable[[], object], float]]:
     """Operation -> (a call that runs it on `buffer`, share of the buffer's bytes that a link carries)."""
     part = buffer[: buffer.numel() // size]
     other = torch.empty_like(buffer)
@@ -69,7 +69,7 @@ def measure(device: torch.device, *, sizes: tuple[float, ...], repeats: int) -> 
     for mib in sizes:
         numel = int(mib * 2**20) // 4 // size * size
         buffer = torch.zeros(numel, device=device)
-        for name, (call, share) in operations(buffer, size, rank).items():
+        for name, (call, share) in operations(buffer, size=size, rank=rank).items():
             for _ in range(3):
                 call()
             times = []

@@ -98,7 +98,7 @@ class Case:
         )
 
 
-def pipelines(shape: Shape, ranks: int, rows: int) -> list[Case]:
+def pipelines(shape: Shape, *, ranks: int, rows: int) -> list[Case]:
     """Every schedule on `ranks` stages, and the naive layer split."""
     cases = [
         Case(shape, "naive split", ranks, rows, f"pipeline: {ranks}, schedule: gpipe", micro=rows),
@@ -127,7 +127,7 @@ def cases_for(num_ranks: int) -> list[Case]:
                 Case(LLAMA1B, f"CP{top} {kind}", top, 4, f"context: {top}, context_kind: {kind}")
                 for kind in ("ring", "ulysses", "all_gather")
             ),
-            *pipelines(LLAMA1B, top, 4 * top),
+            *pipelines(LLAMA1B, ranks=top, rows=4 * top),
             Case(GPT1B, f"DP{top} ZeRO-1", top, 16 * top),
             Case(MOE, f"EP{top}", top, 4 * top, f"expert: {top}", micro=1),
             Case(MOE, f"EP{top} TP2+SP", top, 2 * top, f"expert: {top // 2}, tensor: 2, sequence: true"),
@@ -151,7 +151,7 @@ def tiny_cases(num_ranks: int) -> list[Case]:
     return [
         Case(TINY, "one", 1, 8, optim="zero_stage: 0"),
         Case(TINY, f"DP{num_ranks} ZeRO-1", num_ranks, 4 * num_ranks),
-        *pipelines(TINY, num_ranks, 8)[:3],
+        *pipelines(TINY, ranks=num_ranks, rows=8)[:3],
     ]
 
 
@@ -194,7 +194,7 @@ def collective_rows(readings: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def case_row(case: Case, found: dict[str, Any] | None, one: float | None) -> list[str]:
+def case_row(case: Case, found: dict[str, Any] | None, *, one: float | None) -> list[str]:
     """A line of the table; `one`: tokens a second and GPU of the model on the fewest GPUs."""
     head = [case.shape.name, case.what, str(case.num_ranks), str(case.rows)]
     if found is None:
@@ -249,7 +249,7 @@ def main() -> int:
         if found is not None:
             rate = found["tokens"] / found["seconds"] / case.num_ranks
             single.setdefault(case.shape.name, rate)
-        rows.append(case_row(case, found, single.get(case.shape.name)))
+        rows.append(case_row(case, found, one=single.get(case.shape.name)))
         print("  ".join(rows[-1]), flush=True)
     if readings:
         sizes = sorted({reading["mib"] for reading in readings})

@@ -112,7 +112,7 @@ def _length(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def stage_seconds(model: Model, config: Config, batch: Batch, *, mesh: Mesh) -> dict[int, tuple[float, ...]]:
+def stage_seconds(model: Model, config: Config, *, batch: Batch, mesh: Mesh) -> dict[int, tuple[float, ...]]:
     """(F, I, W) of each of this rank's stages for one micro-batch, with nobody else's work in between."""
     micro, seq = config.batch.micro, batch.tokens.shape[1]
     part = batch.rows(0, micro)
@@ -158,7 +158,7 @@ def predicted_seconds(config: Config, stages: list[dict[str, list[float]]], *, r
     return simulate(schedule, timing).makespan + rest
 
 
-def measure(config: Config, control: Control, device: torch.device, *, repeats: int) -> Measured | None:
+def measure(config: Config, control: Control, *, device: torch.device, repeats: int) -> Measured | None:
     """Build, warm up, time, profile and predict; the result on rank 0."""
     vocab = config.model.vocab or 0
     mesh = build_mesh(layout_of(config, control.size), control.rank, device=device)
@@ -183,7 +183,7 @@ def measure(config: Config, control: Control, device: torch.device, *, repeats: 
     optimizer = statistics.median(seconds_of(lambda: engine.step(lr=1e-4), device, repeats=3))
     stages: dict[int, tuple[float, ...]] = {}
     if mesh.layout.pipeline > 1 and mesh.layout.context == 1:
-        stages = stage_seconds(model, config, next(source), mesh=mesh)
+        stages = stage_seconds(model, config, batch=next(source), mesh=mesh)
     tokens = config.batch.global_size * config.data.sequence_length
     mine = {
         "seconds": statistics.median(times),
@@ -224,7 +224,7 @@ def main() -> None:
     rules.check(config, place.world_size)
     device = device_of(place)
     control = connect(place, timeout=90, device=device)
-    found = measure(config, control, device, repeats=options.repeats)
+    found = measure(config, control, device=device, repeats=options.repeats)
     if found is not None:
         print(RESULT + json.dumps(asdict(found)), flush=True)
     disconnect()
