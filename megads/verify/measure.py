@@ -4,8 +4,7 @@
     parent  pieces -> logical tensors                      a piece that is missing, doubled or misplaced is seen here
 
 The gradient of step 1 is read off what the optimizer made of it, whichever engine that was: Adam's first moment is then
-(1 - beta1) x gradient, and plain SGD moves weights by lr x gradient; either way after clipping, which is undone with
-the norm that the engine itself reported.
+(1 - beta1) x gradient after clipping, which is undone with the norm that the engine itself reported.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,13 +26,12 @@ from megads.parallel.mesh import Mesh, build_mesh
 from megads.parallel.parameter import stored_name
 from megads.pipeline.executor import Executor
 from megads.verify.batch import Masks, synthetic_batch
-from megads.verify.outcome import MODEL, Facts, Outcome, Part, RankResult, merge, parts_of
+from megads.verify.outcome import Facts, Outcome, Part, RankResult, merge, parts_of
 from megads.verify.ranks import fork_ranks
 from megads.verify.routing import RouteKeeper
 from megads.verify.trace import Tracer
 
 LR = 1e-3
-LR_SGD = 1.0  # large, so that the movement of a weight shows its gradient
 MOMENT = "optim/exp_avg/"
 MAX_SKIPS = 24  # steps that fp16's loss scale may skip before the first good one
 
@@ -66,10 +63,6 @@ class Trainee:
         engine = build_engine(config, model, mesh=mesh)
         return cls(config, mesh, model, engine, build_executors(config, model, mesh=mesh).train, masks)
 
-    @property
-    def lr(self) -> float:
-        return LR_SGD if self.config.optim.name == "sgd" else LR
-
     def step(self, number: int) -> StepResult:
         """Train on the batch of a step."""
         batch = synthetic_batch(self.config, number, masks=self.masks)
@@ -80,7 +73,7 @@ class Trainee:
             executor=self.executor,
             engine=self.engine,
             mesh=self.mesh,
-            lr=self.lr,
+            lr=LR,
         )
 
     def first_step(self) -> StepResult:
@@ -123,7 +116,7 @@ def measure(
     """Train `steps` steps of `config` on `world_size` ranks, on synthetic batches.
 
     Args:
-        config: with `model.vocab`; needs no corpus and no tokenizer.
+        config: with `model.vocab` and AdamW; needs no corpus and no tokenizer.
         watch: None: modules are not watched.
         timeout, stall: as `fork_ranks`.
 
@@ -158,7 +151,7 @@ def record(
     with keeper if is_kept else nullcontext():
         with tracer if watch is not None and watch.modules else nullcontext():
             results = [trainee.first_step()]
-        gradients = _gradients(config, initial, trainee.parts(), norm=results[0].report.grad_norm)
+        gradients = _gradients(config, trainee.parts(), norm=results[0].report.grad_norm)
         for number in range(2, steps + 1):
             keeper.step = number
             results.append(trainee.step(number))
@@ -178,20 +171,9 @@ def record(
     )
 
 
-def _gradients(config: Config, initial: Sequence[Part], first: Sequence[Part], *, norm: Tensor) -> list[Part]:
-    """The gradients that made `first` of `initial`, by NAME; this rank's, whose norm is `norm`."""
+def _gradients(config: Config, first: Sequence[Part], *, norm: Tensor) -> list[Part]:
+    """The gradients that made the moments in `first`, by NAME; those of a rank that reported `norm`."""
     factor = float(clip_factor(norm, config.optim.clip))
-    if config.optim.name == "sgd":
-        return [
-            Part(
-                after.name.removeprefix(MODEL),
-                after.shape,
-                after.box,
-                (before.values.astype(np.float64) - after.values) / (LR_SGD * factor),
-            )
-            for before, after in zip(initial, first, strict=True)
-            if after.name.startswith(MODEL)
-        ]
     share = (1.0 - config.optim.betas[0]) * factor
     return [
         Part(p.name.removeprefix(MOMENT), p.shape, p.box, p.values / p.values.dtype.type(share))

@@ -189,7 +189,8 @@ def _failure(
     others = [f"  rank {rank} stood in {_place(logs[rank], innermost_first=True)}" for rank in missing]
     if not bad:
         return RanksError("\n".join([f"no answer after {timeout:.0f} s:", *others]), log)
-    rank, first = min(bad.items(), key=lambda item: item[1].when)
+    # who died without a word is the cause: the others' reason is that it is gone
+    rank, first = min(bad.items(), key=lambda item: (item[1].trace != "", item[1].when))
     if first.is_input:
         return ConfigError(f"rank {rank}: {first.what}" if len(logs) > 1 else first.what)
     where = first.trace or logs[rank]

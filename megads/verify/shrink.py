@@ -4,7 +4,7 @@ Kept: family, query heads a key/value head, tied or not, dropout, norms, recompu
 balance, capacity, clipping, weight decay, engine, ZeRO. Made small: widths, layers, experts, vocabulary, sequence and
 batch, to the least sizes that every layout can cut, and beyond that to odd ones: a vocabulary that is prime, layers
 that stages do not divide, a number of micro-batches that is no multiple of the stages. All trials get the same sizes,
-so one reference serves them all.
+so one reference serves them all. Plain SGD becomes AdamW, whose first moment shows the gradient.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def _small(config: Config, model: ModelConfig, length: int, *, has_micro: bool) 
         batch=config.batch if has_micro else replace(config.batch, micro=min(config.batch.micro, 2)),
         optim=replace(
             config.optim,
+            name="adamw",
             bucket_elements=min(config.optim.bucket_elements, BUCKET),
             eps=max(config.optim.eps, LEAST_EPS),
         ),

@@ -1,4 +1,4 @@
-"""Promise 1 where settings meet: an array in which every legal pair of them occurs, each row beside one fp64 process."""
+"""Promise 1 where settings meet: every legal pair of them occurs in the array; each row beside one fp64 process."""
 
 from __future__ import annotations
 
