@@ -46,7 +46,7 @@ def make_corpus(prefix: Path, num_tokens: int, config: Config) -> Corpus:
     vocab = config.model.vocab or VOCAB
     with IndexedWriter(prefix, token_dtype(vocab)) as writer:
         while writer.num_tokens < num_tokens:
-            lengths = rng.exponential(MEAN_LENGTH, 4096).astype(np.int64) + 2
+            lengths = rng.exponential(MEAN_LENGTH, 128).astype(np.int64) + 2
             writer.add(rng.integers(0, vocab, int(lengths.sum())), lengths)
         writer.seal()
         writer.publish()
