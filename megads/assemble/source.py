@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from megads.assemble.changes import curriculum_of, ramp_of
 from megads.config.data import CorpusConfig, DataConfig
 from megads.config.root import Config
@@ -156,7 +158,10 @@ def prefetch(loader: Loader, steps: range, *, depth: int, mesh: Mesh) -> Prefetc
 
     def make(step: int) -> Batch:
         batch = loader.batch(step)
-        return batch.pin_memory() if mesh.device.type == "cuda" else batch
+        if mesh.device.type != "cuda":
+            return batch
+        torch.cuda.set_device(mesh.device)  # a thread begins on the first GPU, which may be another rank's
+        return batch.pin_memory()
 
     return Prefetcher(make, steps, depth=depth)
 

@@ -40,7 +40,7 @@ VOCAB = 32000  # of synthetic corpora, and of models whose config leaves it to t
 MEAN_LENGTH = 700  # tokens of a synthetic document
 
 
-def make_corpus(prefix: Path, num_tokens: int, config: Config) -> Corpus:
+def make_corpus(prefix: Path, config: Config, *, num_tokens: int) -> Corpus:
     """Random ids in documents of exponential length, packed if the config wants rows."""
     rng = np.random.default_rng(0)
     vocab = config.model.vocab or VOCAB
@@ -157,7 +157,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.synthetic:
             corpora: tuple[Corpus, ...] = (
-                make_corpus(Path(folder) / "corpus", int(options.synthetic * 1e6), config),
+                make_corpus(Path(folder) / "corpus", config, num_tokens=int(options.synthetic * 1e6)),
             )
             data = [f"data.train={corpora[0].path}", "data.valid=null", "data.temperature=null"]
             config = load(options.config, [*one_rank, *options.overrides, *data])
