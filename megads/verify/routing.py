@@ -9,11 +9,13 @@ otherwise is counted. In float64 nothing is taken over.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megads.assemble.wiring import Model
 from megads.layers.router import Choice, TokenPlaces
@@ -65,7 +67,7 @@ class RouteKeeper:
             for block in blocks:
                 for name, module in block.named_modules():
                     if isinstance(module, Choice):
-                        hook = self._hook(f"{block_name(block)}.{name}")
+                        hook = partial(self._see, f"{block_name(block)}.{name}")
                         self._handles.append(module.register_forward_hook(hook))
         return self
 
@@ -73,30 +75,29 @@ class RouteKeeper:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Any:
-        def keep_or_replay(
-            module: Choice, args: tuple[Any, ...], chosen: torch.Tensor
-        ) -> torch.Tensor | None:
-            scores, places = args
-            key, place = (self.step, name), _place(places)
-            if self.against is None:
-                self._keep(key, place, chosen, module.margins(scores))
-                return None
-            theirs = torch.from_numpy(self.against.experts[key][place])
-            is_other = torch.from_numpy(self.against.is_near[key][place]) & (theirs != chosen).any(-1)
-            self.num_choices += len(chosen)
-            self.num_replayed += int(is_other.sum())
-            return torch.where(is_other[:, None], theirs, chosen)
+    def _see(self, name: str, module: Choice, args: tuple[Any, ...], chosen: Tensor) -> Tensor | None:
+        """Keep what was chosen, or give what is chosen instead."""
+        scores, places = args
+        key, place = (self.step, name), _place(places)
+        if self.against is None:
+            self._keep(key, place, chosen, module.margins(scores))
+            return None
+        theirs, is_near = (
+            torch.from_numpy(array[key][place]).to(chosen.device)
+            for array in (self.against.experts, self.against.is_near)
+        )
+        is_other = is_near & (theirs != chosen).any(-1)
+        self.num_choices += len(chosen)
+        self.num_replayed += int(is_other.sum())
+        return torch.where(is_other[:, None], theirs, chosen)
 
-        return keep_or_replay
-
-    def _keep(self, key: Key, place: tuple[Any, ...], chosen: torch.Tensor, margins: torch.Tensor) -> None:
+    def _keep(self, key: Key, place: tuple[Any, ...], chosen: Tensor, margins: Tensor) -> None:
         experts = self.routes.experts.setdefault(key, np.zeros((*self.shape, chosen.shape[-1]), np.int64))
         is_near = self.routes.is_near.setdefault(key, np.zeros(self.shape, np.bool_))
-        experts[place] = chosen.numpy()
-        is_near[place] = (margins < NEAR).numpy()
+        experts[place] = chosen.cpu().numpy()
+        is_near[place] = (margins < NEAR).cpu().numpy()
 
 
 def _place(places: TokenPlaces) -> tuple[Any, ...]:
     """Of a router's tokens in [sample, seq]."""
-    return places.samples.numpy(), places.columns.numpy()
+    return places.samples.cpu().numpy(), places.columns.cpu().numpy()

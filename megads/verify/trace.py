@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,27 +119,24 @@ class Tracer:
 
     def _watch(self, block: torch.nn.Module) -> None:
         prefix = block_name(block)
-        before = block.register_forward_pre_hook(self._open)
-        self._handles.append(before)
+        self._handles.append(block.register_forward_pre_hook(self._open))
         for name, module in block.named_modules():
             if name:
-                self._handles.append(module.register_forward_hook(self._hook(f"{prefix}.{name}")))
-        self._handles.append(block.register_forward_hook(self._hook(prefix, closes=True)))
+                self._handles.append(module.register_forward_hook(partial(self._see, f"{prefix}.{name}")))
+        self._handles.append(block.register_forward_hook(partial(self._close, prefix)))
 
     def _open(self, _: torch.nn.Module, args: tuple[Any, ...]) -> None:
         """A block's forward begins. A recomputed one does not pass here, and is not watched."""
         self._batch = args[1]
 
-    def _hook(self, name: str, *, closes: bool = False) -> Any:
-        def keep(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            batch = self._batch
-            value = _hidden_of(output)
-            if batch is not None and value is not None:
-                self._keep(name, value, batch)
-            if closes:
-                self._batch = None
+    def _see(self, name: str, _: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        value = _hidden_of(output)
+        if self._batch is not None and value is not None:
+            self._keep(name, value, self._batch)
 
-        return keep
+    def _close(self, name: str, block: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._see(name, block, args, output)
+        self._batch = None
 
     def _keep(self, name: str, value: Tensor, batch: Batch) -> None:
         columns, tp = batch.places, self.mesh.group("tp")
@@ -149,7 +147,7 @@ class Tracer:
             if len(columns) != value.shape[0] * tp.size:
                 return
             columns = columns.chunk(tp.size)[tp.rank]
-        place = np.ix_(batch.samples.numpy(), columns.numpy())
+        place = np.ix_(batch.samples.cpu().numpy(), columns.cpu().numpy())
         self._take(name, value.detach(), place, is_gradient=False)
         if value.requires_grad:
             value.register_hook(  # type: ignore[no-untyped-call]
@@ -157,7 +155,7 @@ class Tracer:
             )
 
     def _take(self, name: str, value: Tensor, place: tuple[Any, ...], *, is_gradient: bool) -> None:
-        values = value.double().transpose(0, 1).numpy()  # [rows, columns, hidden]
+        values = value.double().transpose(0, 1).cpu().numpy()  # [rows, columns, hidden]
         if self.against is None:
             arrays = self.trace.gradients if is_gradient else self.trace.outputs
             whole = arrays.setdefault(name, np.zeros((*self.shape, values.shape[-1])))

@@ -9,6 +9,7 @@ unless the layout names a precision: it is the sharp test. How the config is mad
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -71,10 +72,12 @@ def read_trial(path: str, layout: str, *, overrides: Sequence[str] = ()) -> Tria
     for word in filter(None, SPLIT.split(layout)):
         key, equals, value = word.strip().partition("=")
         if not equals or key not in (*short, "data"):
+            near = difflib.get_close_matches(key, (*short, "data"), n=1)
             raise ConfigError(
                 f"--layout {layout}: {word}",
                 found=f"no key {key}" if equals else "no value",
-                allowed=", ".join(f"{name}=..." for name in (*short, "data")),
+                allowed=f"KEY=VALUE with KEY of {', '.join((*short, 'data'))}",
+                do=f"did you mean {near[0]}?" if near and equals else None,
             )
         given[key] = value
     data = given.pop("data", "1")

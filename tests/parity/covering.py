@@ -22,6 +22,7 @@ from megads.config.model import ModelConfig
 from megads.config.parallel import ParallelConfig
 from megads.config.root import Config
 from megads.verify.batch import Masks
+from megads.verify.trial import with_precision
 from tests.parity.harness import Case, Model, make_config
 
 FILE = Path(__file__).parents[1] / "golden" / "covering.txt"
@@ -118,10 +119,6 @@ class Combination:
             batch=replace(config.batch, micro=GLOBAL_BATCH),
             optim=replace(config.optim, engine="native", zero_stage=0),
         )
-
-
-def with_precision(config: Config, precision: Any) -> Config:
-    return replace(config, optim=replace(config.optim, precision=precision))
 
 
 def combine(settings: Settings) -> Combination | None:

@@ -12,6 +12,7 @@ import pytest
 from megads.verify.compare import BOUNDS, Comparison, compare
 from megads.verify.measure import Watch, measure
 from megads.verify.outcome import Outcome
+from megads.verify.trial import Precision, with_precision
 from tests.parity.covering import (
     AXES,
     LEAST,
@@ -20,7 +21,6 @@ from tests.parity.covering import (
     all_pairs,
     build_array,
     read,
-    with_precision,
     write,
 )
 
@@ -70,7 +70,7 @@ def reference(model: tuple[str, ...]) -> Outcome:
     return measure(row.alone(), 1, steps=STEPS, masks=row.masks, watch=Watch(modules=False))
 
 
-def run(row: Combination, precision: str, *, steps: int) -> Comparison:
+def run(row: Combination, precision: Precision, *, steps: int) -> Comparison:
     watch = Watch(reference(row.model), modules=False)
     config = with_precision(row.config, precision)
     outcome = measure(config, row.world_size, steps=steps, masks=row.masks, watch=watch)
