@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 CHECKED_EVERY = 10_000
 """Records of which one is compared with the reference engine."""
+CHECKED_BYTES = 1 << 20
+"""Of larger texts only the beginning is compared: the reference needs about 120 bytes of memory for each byte."""
 
 
 class WrongIdsError(Exception):
@@ -140,17 +142,19 @@ class Encoder:
         if documents.num_texts is not None:
             records = np.repeat(records, documents.num_texts)
         records = records[plain]
-        chosen = np.flatnonzero(records % CHECKED_EVERY == 0)
-        if not chosen.size:
-            return
-        ends = np.cumsum(tokens.lengths)
-        found = Tokens(
-            np.concatenate([tokens.ids[ends[i] - tokens.lengths[i] : ends[i]] for i in chosen]),
-            tokens.lengths[chosen],
-        )
-        at = first_different(found, self.choice.reference.encode(documents.texts.take(plain[chosen])))
+        is_small = text_sizes(documents.texts)[plain] <= CHECKED_BYTES
+        is_chosen = records % CHECKED_EVERY == 0
+        if (chosen := np.flatnonzero(is_chosen & is_small)).size:
+            texts = documents.texts.take(plain[chosen])
+            self._check(tokens.of(chosen), texts, records=records[chosen])
+        if (chosen := np.flatnonzero(is_chosen & ~is_small)).size:  # by their beginnings, encoded once more
+            texts = _beginnings(documents.texts.take(plain[chosen]))
+            self._check(self.choice.engine.encode(texts), texts, records=records[chosen])
+
+    def _check(self, found: Tokens, texts: pyarrow.LargeStringArray, *, records: NDArray[np.int64]) -> None:
+        at = first_different(found, self.choice.reference.encode(texts))
         if at is not None:
-            raise WrongIdsError(int(records[chosen[at]]))
+            raise WrongIdsError(int(records[at]))
 
     def _with_eod(self, ids: NDArray[np.integer], lengths: NDArray[np.int64]) -> NDArray[np.integer]:
         if self.eod is None:
@@ -222,6 +226,13 @@ def _sums(values: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.in
     if not counts.size:
         return np.empty(0, dtype=np.int64)
     return np.add.reduceat(values, np.cumsum(counts) - counts)
+
+
+def _beginnings(texts: pyarrow.LargeStringArray) -> pyarrow.LargeStringArray:
+    """Each text up to a quarter of `CHECKED_BYTES` in characters, which have at most 4 bytes."""
+    import pyarrow.compute
+
+    return pyarrow.compute.utf8_slice_codeunits(texts, 0, CHECKED_BYTES // 4)
 
 
 def _distinct(texts: pyarrow.LargeStringArray) -> tuple[list[str], NDArray[np.int64]]:

@@ -8,7 +8,9 @@ Engines are safe to call from several threads at once, which then run in paralle
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 SLICE_BYTES = 1 << 19
 """Text that a reference engine sees at once: it needs about 120 bytes of memory for each byte."""
 SLICE_TEXTS = 1024
+LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,12 @@ class Tokens:
     """Ids of all texts one after another, [sum of lengths]."""
     lengths: NDArray[np.int64]
     """Tokens of each text, [num_texts]."""
+
+    def of(self, texts: NDArray[np.intp]) -> Tokens:
+        """Those of some of the texts."""
+        ends = np.cumsum(self.lengths)
+        pieces = [self.ids[ends[i] - self.lengths[i] : ends[i]] for i in texts]
+        return Tokens(np.concatenate([self.ids[:0], *pieces]), self.lengths[texts])
 
 
 class Engine(Protocol):
@@ -52,16 +61,23 @@ class ReferenceEngine:
     """The tokenizer's own library, in slices of bounded memory."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._one_large = threading.Lock()
         self.name = f"{tokenizer.library} {version(tokenizer.library)}"
         self._tokenizer = tokenizer
 
     def encode(self, texts: pyarrow.LargeStringArray) -> Tokens:
-        encoded = [self._tokenizer.encode_batch(part.to_pylist()) for part in _slices(texts)]
+        encoded = [self._encode(part) for part in _slices(texts)]
         if not encoded:
             return Tokens(np.empty(0, np.int32), np.empty(0, np.int64))
         return Tokens(
             np.concatenate([ids for ids, _ in encoded]), np.concatenate([lengths for _, lengths in encoded])
         )
+
+    def _encode(self, texts: pyarrow.LargeStringArray) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Large texts one at a time: several at once would take gigabytes."""
+        is_large = int(text_sizes(texts).sum()) > LARGE_BYTES
+        with self._one_large if is_large else nullcontext():
+            return self._tokenizer.encode_batch(texts.to_pylist())
 
 
 def first_different(found: Tokens, right: Tokens) -> int | None:

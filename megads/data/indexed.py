@@ -172,7 +172,9 @@ class IndexedReader:
             self._idx_size = os.fstat(idx.fileno()).st_size
             self._check_header(idx.read(HEADER.size))
             index = mmap.mmap(idx.fileno(), 0, access=mmap.ACCESS_READ)
-        index.madvise(mmap.MADV_RANDOM)  # lookups touch single pages; reading around them would be most of the work
+        index.madvise(
+            mmap.MADV_RANDOM
+        )  # lookups touch single pages; reading around them would be most of the work
         sequences, documents = self.num_sequences, self.num_documents + 1
         offset = HEADER.size
         self._lengths = np.frombuffer(index, dtype="<i4", count=sequences, offset=offset)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from megads import __version__
+import megads
 from megads.data.corpus import Corpus, Manifest
 from megads.data.encode import Encoder
 from megads.data.engine_choice import choose_engine
@@ -265,7 +265,7 @@ def merge_all(shop: Workshop) -> Report:
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "options": {**shop.job.options, **shop.job.merge_options},
-        "version": __version__,
+        "version": megads.__version__,
     }
     try:
         manifests = merge_parts(

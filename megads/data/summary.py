@@ -71,7 +71,6 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in most)
         yield "left out", f"{sum(report.left_out.values()):,} files of other kinds, most: {kinds}"
     yield "engine", first.engine
-    text_bytes = sum(manifest.text_bytes for manifest in report.manifests)
     tokens = sum(manifest.tokens for manifest in report.manifests)
-    rates = f"{text_bytes / 1e6 / report.seconds:.1f} MB/s, {tokens / 1e6 / report.seconds:.2f} M tokens/s"
-    yield "time", f"{duration(report.seconds)} ({rates})"
+    read, made = (count / 1e6 / report.seconds for count in (report.input_bytes, tokens))
+    yield "time", f"{duration(report.seconds)} ({read:.1f} MB/s of input, {made:.2f} M tokens/s)"

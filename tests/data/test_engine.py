@@ -147,6 +147,20 @@ def test_samples_are_compared_all_along_and_a_difference_names_the_document(
     assert not Path(f"{tmp_path}/c.idx").exists()
 
 
+@pytest.mark.parametrize("place", ["start", "end"])
+def test_of_large_documents_the_beginning_is_compared(
+    place: str, sp_model: Path, jsonl: Jsonl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gigatoken")
+    text = "seven zzyzx " + 300 * "word " if place == "start" else 300 * "word " + "zzyzx"
+    argv = ["--input", str(jsonl("t.jsonl", ["fine"] * 120 + [text])), "--tokenizer", str(sp_model)]
+    argv += ["--output-prefix", str(tmp_path / "c")]
+    patches = (mock.patch.object(encode, "CHECKED_EVERY", 1), mock.patch.object(encode, "CHECKED_BYTES", 80))
+    with mock.patch.object(engine_choice, "GigatokenEngine", Liar), patches[0], patches[1]:
+        assert main(argv) == (2 if place == "start" else 0)
+    assert ("t.jsonl:121: the engine gives other ids" in capsys.readouterr().err) == (place == "start")
+
+
 def test_kinds_that_the_engine_cannot_read_leave_the_reference(tmp_path: Path, sentences: list[str]) -> None:
     """A Unigram model: gigatoken knows BPE only."""
     pytest.importorskip("gigatoken")

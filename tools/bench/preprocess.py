@@ -115,7 +115,7 @@ def measure(contender: Contender, folder: Path) -> Run:
     return Run(wall, usage.ru_utime + usage.ru_stime, peak, hashes)
 
 
-def contenders(name: str, text: Path, options: argparse.Namespace) -> Iterator[Contender]:
+def contenders(name: str, text: Path, *, options: argparse.Namespace) -> Iterator[Contender]:
     """Ours with each engine, and the peers that can read this tokenizer."""
     _, tokenizer, library = next(row for row in TOKENIZERS if row[0] == name)
     tool = (sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(text), "--append-eod")
@@ -164,7 +164,7 @@ def write_text(folder: Path, target: Path, *, times: int) -> int:
 
 def compare(name: str, text: Path, *, text_bytes: int, options: argparse.Namespace) -> list[list[str]]:
     """Rows of the table for one corpus and tokenizer: all contenders in turns."""
-    all_of_them = [c for c in contenders(name, text, options) if text_bytes < 1e8 or _is_fast(c)]
+    all_of_them = [c for c in contenders(name, text, options=options) if text_bytes < 1e8 or _is_fast(c)]
     runs: dict[str, list[Run]] = {}
     with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
         for _ in range(options.rounds):
@@ -246,8 +246,9 @@ def main() -> None:
             text_bytes = write_text(options.text, text, times=times)
             for name in options.tokenizers:
                 rows += compare(name, text, text_bytes=text_bytes, options=options)
-                if times == options.times[0]:
-                    shares.append(loop_share(name, text, text_bytes=text_bytes, directory=Path(scratch)))
+        text_bytes = write_text(options.text, text, times=2)  # fits in memory
+        for name in options.tokenizers:
+            shares.append(loop_share(name, text, text_bytes=text_bytes, directory=Path(scratch)))
     peer_python = "-"
     if options.peer is not None:
         told = subprocess.run([options.peer_python, "--version"], capture_output=True, text=True, check=True)
