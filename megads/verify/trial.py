@@ -3,8 +3,8 @@
     config file + the user's overrides + degrees back to 1 + the words of the layout -> Config, data-parallel degree
 
 Features that are no degree stay as the config has them (sequence parallelism, recompute, context kind, engine, ZeRO
-stage) unless the layout says otherwise; schedule and virtual stages only where there is a pipeline. fp64 is tried
-unless the layout names a precision: it is the sharp test. How the config is made small is in `shrink.py`.
+stage) unless the layout says otherwise; schedule, stages and pieces only where there is a pipeline or tensor-parallel
+ranks. fp64 is tried unless the layout names a precision: it is the sharp test. How the config is made small is in `shrink.py`.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ def read_trial(path: str, layout: str, *, overrides: Sequence[str] = ()) -> Tria
     resets = [f"parallel.{degree}=1" for degree in DEGREES] + ["parallel.expert_tensor=null"]
     if given.get("pipeline", "1") == "1":
         resets += ["parallel.virtual_stages=1", "parallel.schedule=one_f_one_b", "parallel.stage_layers=null"]
+    if given.get("tensor", "1") == "1":
+        resets += ["parallel.sequence_pieces=1"]
     words = [f"{short[key]}={value}" for key, value in given.items()]
     config = load(path, [*overrides, *resets, *words])
     if "precision" not in given:

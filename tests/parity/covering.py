@@ -35,7 +35,11 @@ EXPERTS = {"experts": 4, "experts_per_token": 2, "expert_ffn": 12, "init_std": 0
 PIPELINE = {"parallel.pipeline": 2}
 AXES: dict[str, dict[str, dict[str, Any]]] = {
     "tensor": {"1": {}, "2": {"parallel.tensor": 2}},
-    "sequence": {"off": {}, "on": {"parallel.sequence": True}},
+    "sequence": {
+        "off": {},
+        "on": {"parallel.sequence": True},
+        "pieces": {"parallel.sequence": True, "parallel.sequence_pieces": 2},
+    },
     "context": {
         "1": {},
         "ring": {"parallel.context": 2},
@@ -46,6 +50,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "1": {},
         "gpipe": {**PIPELINE, "parallel.schedule": "gpipe"},
         "one_f_one_b": PIPELINE,
+        "uneven": {**PIPELINE, "parallel.stage_layers": (0, 3)},
         "interleaved": {**PIPELINE, "parallel.schedule": "interleaved", "parallel.virtual_stages": 2},
         "zero_bubble_h1": {**PIPELINE, "parallel.schedule": "zero_bubble_h1"},
         "zero_bubble_h2": {**PIPELINE, "parallel.schedule": "zero_bubble_h2"},

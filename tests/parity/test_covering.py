@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 
+from megads.assemble.rules import RULES
 from megads.verify.compare import BOUNDS, Comparison, compare
 from megads.verify.measure import Watch, measure
 from megads.verify.outcome import Outcome
@@ -31,6 +32,7 @@ MOST_REPLAYED = 1e-3  # of all choices of experts
 
 # Settings that no config may have together, by the rule that refuses them.
 ILLEGAL: tuple[tuple[str, dict[str, set[str]], dict[str, set[str]]], ...] = (
+    ("pieces_need_sequence", {"tensor": {"1"}}, {"sequence": {"pieces"}}),
     ("engine_has_stage", {"engine": {"native"}}, {"zero": {"2"}}),
     ("engine_has_stage", {"engine": {"deepspeed"}}, {"zero": {"0"}}),
     ("experts_have_engine", {"engine": {"deepspeed"}, "zero": {"2"}}, {"model": {"moe", "moe_bias"}}),
@@ -92,6 +94,7 @@ def test_every_legal_pair_of_settings_occurs() -> None:
     covered = set().union(*(row.pairs for row in ROWS))
     assert len(ROWS) >= LEAST
     assert all_pairs() - covered == illegal_pairs()
+    assert {rule for rule, _, _ in ILLEGAL} <= {rule.__name__ for rule in RULES}
 
 
 @pytest.mark.slow

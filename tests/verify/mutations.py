@@ -44,7 +44,7 @@ MUTATIONS = (
     Mutation(
         "no all-reduce behind row-parallel products",
         "layers/linear.py",
-        "return cutting.sum(F.linear(x, weight)).wait()",
+        "return cutting.start_sum_of_product(x, weight).wait()",
         "return F.linear(x, weight)",
         "tensor=2",
         "llama",
@@ -62,7 +62,7 @@ MUTATIONS = (
     Mutation(
         "no all-reduce of a column-parallel layer's input gradient",
         "layers/linear.py",
-        "summing = cutting.sum(dy @ weight)",
+        "summing = cutting.start_sum_of_product(dy, weight.T)",
         "summing = Pending(dy @ weight)",
         "tensor=2",
         "llama",
@@ -71,8 +71,8 @@ MUTATIONS = (
     Mutation(
         "a row-parallel layer's gradient is not gathered along the sequence",
         "layers/linear.py",
-        "dy = ctx.cutting.whole(gradients[0]).wait()",
-        "dy = gradients[0].repeat(ctx.cutting.group.size if ctx.cutting.is_sequence_parallel else 1, 1, 1)",
+        "whole = cutting.whole(part).wait()",
+        "whole = part.repeat(cutting.group.size if cutting.is_sequence_parallel else 1, 1, 1)",
         "tensor=2,sequence=true",
         "llama",
         ("layers.2.mlp_norm: gradient of its output", "all-gather of the row-parallel"),

@@ -49,7 +49,9 @@ def break_copy(mutation: Mutation, folder: Path) -> None:
     """A copy of the package with the fault in it."""
     shutil.copytree(ROOT / "megads", folder / "megads", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     path = folder / "megads" / mutation.file
-    path.write_text(path.read_text().replace(mutation.old, mutation.new))
+    text = path.read_text()
+    assert text.count(mutation.old) == 1, "the code has changed: the row breaks nothing"
+    path.write_text(text.replace(mutation.old, mutation.new))
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)

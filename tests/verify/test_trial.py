@@ -104,6 +104,29 @@ def test_every_config_of_the_house_shrinks(path: Path) -> None:
         assert trial.config.model.hidden <= 256
 
 
+def test_a_users_deal_of_layers_stays_one(big: str) -> None:
+    overrides = ("model.experts=null", "model.dense_layers=0", "model.shared_experts=0", "model.z_loss=0.0")
+    plain = (
+        "model.router=softmax",
+        "model.expert_groups=1",
+        "model.groups_per_token=1",
+        "model.balance=none",
+    )
+    others = ("model.capacity=null", "model.experts_per_token=2", "model.expert_ffn=null")
+    words = (*overrides, *plain, *others)
+    first, second = shrink(
+        [
+            read_trial(
+                big, "pipeline=4,schedule=gpipe,virtual_stages=1,stage_layers=[7,9,30,14]", overrides=words
+            ),
+            read_trial(big, "tensor=2", overrides=words),
+        ]
+    )
+    assert first.config.parallel.stage_layers == (0, 1, 2, 0)
+    assert second.config.parallel.stage_layers is None
+    rules.check(first.config, first.world_size)
+
+
 def test_the_reference_is_the_same_whatever_the_layout(big: str) -> None:
     trials = shrink([read_trial(big, "tensor=2"), read_trial(big, "data=2,micro=4")])
     alone = [one_process(trial, precision="fp64").config for trial in trials]
