@@ -13,11 +13,13 @@ options would leave every part unused, so they are an error that names the diffe
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import heapq
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +38,9 @@ from megads.errors import DataError
 FORMAT = "megads-parts-1"
 WORKERS_PER_UNIT = 4
 """Threads that one reader keeps busy; with more, several units are read at once."""
+
+
+NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
 
 
 class StoppedError(Exception):
@@ -145,18 +150,17 @@ def remove_folder(job: Job) -> None:
 
 @contextmanager
 def merge_lock(job: Job) -> Iterator[bool]:
-    """Hold the lock of the one that merges; gives False where another process has it.
+    """Hold the lock of the one that merges; gives False where another process has it, or has merged already.
 
     The system lets go of it when the process ends, however that happens.
     """
-    handle = os.open(job.folder / "merge.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        handle = os.open(job.folder / "merge.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        yield _is_locked(handle)
     finally:
         os.close(handle)
 
@@ -220,6 +224,19 @@ def make_parts(
                 future.result()
         finally:
             stop.set()
+
+
+def _is_locked(handle: int) -> bool:
+    """Take the lock of a file; False where another process has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print("this file system has no locks: see to it that one process merges", file=sys.stderr)
+    return True
 
 
 def _check_options(job: Job, described: Path) -> None:

@@ -81,6 +81,8 @@ class Workshop:
     merge: Merge
     start: float
     """When the tool began, s."""
+    speaks: bool
+    """Whether this process says what it does; of a team, rank 0 alone."""
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -120,13 +122,15 @@ def preprocess_shard(options: Options, *, number: int, count: int) -> Report | N
     open_folder(shop.job)
     make(shop, deal_units(shop.job.units, shard=number, num_shards=count))
     if missing := shop.job.missing():
-        print(f"shard {number} is done; {len(missing)} of {len(shop.job.units)} parts are not there yet")
-        return None
+        report = finished(shop)  # another task may have merged and removed the parts
+        if report is None:
+            print(f"shard {number} is done; {len(missing)} of {len(shop.job.units)} parts are not there yet")
+        return report
     with merge_lock(shop.job) as is_mine:
-        if not is_mine:
-            print(f"shard {number} is done; another task merges")
-            return None
-        return finished(shop) or merge_all(shop)
+        if is_mine:
+            return finished(shop) or merge_all(shop)
+    print(f"shard {number} is done; another task merges")
+    return None
 
 
 def preprocess_team(options: Options, team: Team) -> int:
@@ -135,7 +139,7 @@ def preprocess_team(options: Options, team: Team) -> int:
     reports: list[Report] = []
 
     def make_mine() -> None:
-        shop = open_workshop(options)
+        shop = open_workshop(options, speaks=team.rank == 0)
         shops.append(shop)
         _refuse_stdin(shop)
         reports.extend(filter(None, (finished(shop),)))
@@ -157,7 +161,7 @@ def preprocess_team(options: Options, team: Team) -> int:
     return code
 
 
-def open_workshop(options: Options) -> Workshop:
+def open_workshop(options: Options, *, speaks: bool = True) -> Workshop:
     """Open tokenizer and inputs, cut the units and choose the engine."""
     start = time.monotonic()
     tokenizer = open_tokenizer(options.tokenizer, special_tokens=options.special_tokens)
@@ -197,7 +201,8 @@ def open_workshop(options: Options) -> Workshop:
         special_tokens=options.special_tokens,
         samples=_samples(options, inputs, units=units),
     )
-    print(f"engine: {choice.engine.name} ({choice.why})", file=sys.stderr)
+    if speaks:
+        print(f"engine: {choice.engine.name} ({choice.why})", file=sys.stderr)
     forbidden = tuple(tokenizer.control_tokens) if options.special_tokens == "error" else ()
     return Workshop(
         options=options,
@@ -207,6 +212,7 @@ def open_workshop(options: Options) -> Workshop:
         reader=UnitReader(inputs, options.records, job.modified, options.skip_bad),
         merge=merge,
         start=start,
+        speaks=speaks,
     )
 
 
@@ -220,17 +226,18 @@ def finished(shop: Workshop) -> Report | None:
     of_this_job = tuple(m for m in manifests if m is not None and m.job == shop.job.identity)
     if len(of_this_job) < len(manifests) or shop.job.is_changed_since(made):
         return None
-    print("the corpus is there already, made by the same command from the same inputs", file=sys.stderr)
+    if shop.speaks:
+        print("the corpus is there already, made by the same command from the same inputs", file=sys.stderr)
     return _report(shop, of_this_job)
 
 
 def make(shop: Workshop, units: Sequence[Unit]) -> None:
     """Make those parts of `units` that are not there."""
     missing = tuple(unit for unit in units if not shop.job.is_done(unit))
-    if len(missing) < len(units):
+    if len(missing) < len(units) and shop.speaks:
         print(f"going on: {len(units) - len(missing)} of {len(units)} parts are there", file=sys.stderr)
     total, left = sum(unit.size for unit in units), sum(unit.size for unit in missing)
-    progress = open_progress("tokenize", total, done=total - left)
+    progress = open_progress("tokenize", total, done=total - left, is_shown=shop.speaks)
     start = time.monotonic()
     done, num_tokens = total - left, 0
 

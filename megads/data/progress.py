@@ -26,10 +26,22 @@ class Progress(Protocol):
         """Leave the terminal as it was."""
 
 
-def open_progress(label: str, total: int, *, done: int = 0) -> Progress:
+def open_progress(label: str, total: int, *, done: int = 0, is_shown: bool = True) -> Progress:
     """A display on stderr for `total` bytes, of which `done` were done by an earlier run."""
+    if not is_shown:
+        return NoProgress()
     kind = BarProgress if sys.stderr.isatty() else LineProgress
     return kind(label, total, done=done)
+
+
+class NoProgress:
+    """Shows nothing: of several processes one speaks."""
+
+    def update(self, done: int, note: str) -> None:
+        """Nothing to show."""
+
+    def close(self) -> None:
+        """Nothing to put back."""
 
 
 class LineProgress:
