@@ -4,7 +4,8 @@
 
 Features that are no degree stay as the config has them (sequence parallelism, recompute, context kind, engine, ZeRO
 stage) unless the layout says otherwise; schedule, stages and pieces only where there is a pipeline or tensor-parallel
-ranks. fp64 is tried unless the layout names a precision: it is the sharp test. How the config is made small is in `shrink.py`.
+ranks. fp64 is tried unless the layout names a precision: it is the sharp test. How the config is made small is in
+`shrink.py`.
 """
 
 from __future__ import annotations
