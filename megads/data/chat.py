@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from megads.data.field import RecordError, json_type, keys_of, text_of
 from megads.data.record import RecordOptions, Role, Template
@@ -143,6 +141,9 @@ def _counted(template: Template) -> str:
 
 
 def _read_template(path: Path) -> Template:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
     try:
         content = path.read_text(encoding="utf-8")
         # YAML 1.2 holds JSON; tabs, which JSON allows and YAML does not, are the exception
