@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a GPU machine, from the repository's root: kernels built if they are not there, GPU tests, benchmarks.
-# About 12 minutes on an H100; words choose parts: gpu_all.sh tests step. Logs also go to $OUT if it is set. A part that
+# About 20 minutes on an H100; words choose parts: gpu_all.sh tests step. Logs also go to $OUT if it is set. A part that
 # fails does not stop the next.
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -21,10 +21,12 @@ part() { # name, seconds, command ...
 }
 
 [ -f megads/ops/_csrc.so ] || CHOSEN= part build 120 "$PYTHON" setup.py build_ext --inplace
-part tests 330 "$PYTHON" -m pytest -m gpu tests/gpu -p no:cacheprovider --tb=short
+part tests 540 "$PYTHON" -m pytest -m gpu tests/gpu -p no:cacheprovider --tb=short
 part norm 120 "$PYTHON" -m tools.bench.norm
 part experts 120 "$PYTHON" -m tools.bench.experts
 part context 90 "$PYTHON" -m tools.bench.context
-part memory 200 "$PYTHON" -m tools.bench.memory
+export PYTORCH_CUDA_ALLOC_CONF=pinned_use_cuda_host_register:True,pinned_num_register_threads:8 # offload pins fast
+part memory 330 "$PYTHON" -m tools.bench.memory
+unset PYTORCH_CUDA_ALLOC_CONF
 part step 330 "$PYTHON" -m tools.bench.step
 [ ${#FAILED[@]} -eq 0 ] || { echo "failed: ${FAILED[*]}"; exit 1; }

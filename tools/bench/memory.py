@@ -39,11 +39,12 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mlp", {"recompute": ("mlp",)}),
     ("full", {"recompute": "full"}),
     ("full in half of the layers", {"recompute": "full", "recompute_layers": 12}),
-    ("offload", {"offload": True}),
-    ("offload, full", {"offload": True, "recompute": "full"}),
     ("norm, activation, loss_chunk", {"recompute": CHEAP, "loss_chunk": 2048}),
     ("full, loss_chunk", {"recompute": "full", "loss_chunk": 2048}),
+    ("offload, full", {"offload": True, "recompute": "full"}),
+    ("offload", {"offload": True}),
 )
+ALWAYS = ("none", "full")  # what the others and the claim are compared with
 IN_FP32 = ("none", "norm, activation", "full")
 HEADER = (
     "precision",
@@ -157,6 +158,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small model, few repeats")
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
+    parser.add_argument(
+        "--variants", nargs="+", default=[name for name, _ in VARIANTS], help="beside none and full"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     shape = TINY[1] if options.tiny else LLAMA1B
@@ -167,7 +171,9 @@ def main() -> None:
         chosen = [
             (name, keys)
             for name, keys in VARIANTS
-            if (precision == "bf16" or name in IN_FP32) and (device.type == "cuda" or "offload" not in keys)
+            if name in (*ALWAYS, *options.variants)
+            and (precision == "bf16" or name in IN_FP32)
+            and (device.type == "cuda" or "offload" not in keys)
         ]
         results: dict[str, Result] = {}
         for name, keys in chosen:
