@@ -219,8 +219,10 @@ def _check_counts_given(arguments: argparse.Namespace) -> None:
             raise ScheduleError(f"schedule {arguments.name} needs {option}", allowed="a number >= 1")
 
 
-def _write(option: str, path: Path, text: str) -> None:
+def _write(option: str, path: Path, text: str, *, makes_directory: bool = False) -> None:
     try:
+        if makes_directory:
+            path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ScheduleError(f"{option} {path} cannot be written", found=error) from error
@@ -307,7 +309,7 @@ def _compare(arguments: argparse.Namespace, slices: tuple[_Slice, ...]) -> str:
         if arguments.text:
             grids.append(f"\n{name}\n{text_grid(case.timeline)}\n")
         if arguments.svg is not None:
-            _write("--svg", arguments.svg / f"{name}.svg", svg(case.timeline))
+            _write("--svg", arguments.svg / f"{name}.svg", svg(case.timeline), makes_directory=True)
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = [
         "  ".join(

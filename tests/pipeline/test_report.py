@@ -32,7 +32,7 @@ dualpipe             1    26    7.7%          26    7.7%     5          2x"""
 
 def test_table_compares_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """p = 4, m = 8, F = I = W: the figures of every schedule, with and without the barrier; a picture of each."""
-    assert main(["all", "--stages", "4", "--micro-batches", "8", "--svg", str(tmp_path)]) == 0
+    assert main(["all", "--stages", "4", "--micro-batches", "8", "--svg", str(tmp_path / "made")]) == 0
     out = capsys.readouterr().out
     width = TABLE.index("  notes")
     assert [line[:width].rstrip() for line in out.splitlines()[4:]] == [
@@ -40,7 +40,7 @@ def test_table_compares_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ]
     assert "simulated, not trained" in out
     for name in SCHEDULES:
-        ElementTree.parse(tmp_path / f"{name}.svg")
+        ElementTree.parse(tmp_path / "made" / f"{name}.svg")
     assert main(["all", "--stages", "4", "--micro-batches", "8", "--text"]) == 0
     out = capsys.readouterr().out
     assert GRID in out and "(0F6+3B0)" not in out and out.count("\n0 |") >= len(SCHEDULES)
@@ -156,7 +156,7 @@ def test_a_schedule_is_saved_and_read_again(tmp_path: Path, capsys: pytest.Captu
         ("gpipe --stages 2 --micro-batches 2 --save absent/a.csv", "--save absent/a.csv cannot be written"),
         ("all --micro-batches 2", "all needs --stages"),
         ("all --stages 2 --micro-batches 2 --save a.csv", "--save writes one schedule"),
-        ("all --stages 2 --micro-batches 2 --svg absent", "absent/gpipe.svg cannot be written"),
+        ("all --stages 2 --micro-batches 2 --svg absent/more", "absent/more/gpipe.svg cannot be written"),
         ("all --stages 0 --micro-batches 2", "at least one of its stages"),
         ("zbv --stages 2 --micro-batches 2 --chunks 1", "zbv has two stages a rank"),
         ("BAD.csv", r"BAD\.csv:2: cell 2: not an action"),
