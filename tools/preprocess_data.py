@@ -6,9 +6,11 @@ mpiexec -n 4 python -m mpi4py tools/preprocess_data.py --mpi ...      a rank tha
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts a pool of threads that nothing here needs
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that is not installed
 
 from megads.data.preprocess import main

@@ -7,8 +7,8 @@
 
 Without --peer, ours alone. The peer's Python needs torch, transformers, sentencepiece and gigatoken, and 3.12 for
 `typing.override`. CPU seconds are those of the whole command with its children; memory is the largest sum of the
-proportional set sizes of all its processes. Rates are of bytes of text and decimal. A ratio is ours over the peer's of
-the same round; the table has medians.
+proportional set sizes of all its processes. `--workers` counts threads: one of ours reads, the others encode. Rates are
+of bytes of text and decimal. A ratio is ours over the peer's of the same round; the table has medians.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TOKENIZERS = (
     ("gpt2", SHARED / "tokenizers/gpt2/tokenizer.json", "tokenizers"),
     ("sp", SHARED / "tokenizers/sp_bpe_32k/tokenizer.model", "sentencepiece"),
 )
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.1
 NUM_LOOPS = 5
 """Passes over the text in memory that measure the tokenizer alone."""
 
@@ -119,10 +119,10 @@ def contenders(name: str, text: Path, *, options: argparse.Namespace) -> Iterato
     """Ours with each engine, and the peers that can read this tokenizer."""
     _, tokenizer, library = next(row for row in TOKENIZERS if row[0] == name)
     tool = (sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(text), "--append-eod")
+    threads = str(max(1, options.workers - 1))
     for engine in ("gigatoken", library):
         command = (
-            *tool, "--tokenizer", str(tokenizer), "--output-prefix", "OUT", "--workers", str(options.workers),
-            "--engine", engine,
+            *tool, "--tokenizer", str(tokenizer), "--output-prefix", "OUT", "--workers", threads, "--engine", engine,
         )  # fmt: skip
         yield Contender(f"megads, {engine}", command, "OUT", ROOT)
     if options.peer is None:
