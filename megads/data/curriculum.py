@@ -40,7 +40,10 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """From `start` to `end` in `steps` steps, along a root of the given degree; degree 1 is linear."""
+    """From `start` to `end` in `steps` steps, along a root of the given degree; degree 1 is linear.
+
+    An `end` that is no multiple of `unit` is reached later: where the next multiple would be.
+    """
 
     start: int
     end: int

@@ -61,6 +61,8 @@ def test_every_step_is_that_of_deepspeed(curriculum: Curriculum, options: dict[s
         assert curriculum.length(step) == scheduler.get_difficulty(step) == scheduler.update_difficulty(step)
 
 
+WALKED = 120  # a line whose end is no multiple of the unit arrives there later, as with deepspeed
+
 curricula = st.one_of(
     st.builds(Constant, st.integers(1, 99)),
     st.tuples(
@@ -79,12 +81,12 @@ curricula = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(curricula)
 def test_changes_are_those_of_a_walk_through_all_steps(curriculum: Curriculum) -> None:
-    walked = [curriculum.length(step) for step in range(1, 120)]
-    expected = [1] + [i + 1 for i in range(1, len(walked)) if walked[i] != walked[i - 1]]
+    walked = [curriculum.length(step) for step in range(1, WALKED + 1)]
+    expected = [1] + [i + 1 for i in range(1, WALKED) if walked[i] != walked[i - 1]]
     found: list[int] = []
     step: int | None = 1
     while step is not None:
         found.append(step)
         step = curriculum.next_change(step)
-    assert found == expected
-    assert all_lengths(curriculum) == tuple(walked[step - 1] for step in expected)
+    assert [step for step in found if step <= WALKED] == expected
+    assert all_lengths(curriculum) == tuple(curriculum.length(step) for step in found)
