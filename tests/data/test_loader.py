@@ -161,8 +161,10 @@ def test_the_order_depends_on_the_seed(counting_corpus: MakeCorpus) -> None:
     assert not torch.equal(first, second)
 
 
-def test_documents_are_marked_where_they_begin(counting_corpus: MakeCorpus) -> None:
-    corpus = counting_corpus("a", 64 * 20 + 1, document=24)
+@pytest.mark.parametrize("num_pages", [3, 20])
+def test_documents_are_marked_where_they_begin(num_pages: int, counting_corpus: MakeCorpus) -> None:
+    """Of three pages some are neighbours in a row: no document is cut between them."""
+    corpus = counting_corpus("a", 64 * num_pages + 1, document=24)
     packing = Packing(vocab_size=10_000, document_mask=True)
     history = (wanted(1, [(corpus, 1.0)], batch=5, length=256, page=64),)
     batch = Loader([corpus], history, seed=0, packing=packing, dp_rank=0, dp_size=1).batch(1)

@@ -109,6 +109,24 @@ def test_steps_and_documents_are_inverse(
     assert [entry.step for entry in found] == sorted(entry.step for entry in found)
 
 
+def test_what_rested_is_found_in_the_steps_that_read_it(shelf: Shelf) -> None:
+    """Samples of 5, of whole pages, then of 5 again: of every document every reading, the rests' too."""
+    both = (0.5, 0.5)
+    history = history_of([(3, 1, 5, both), (2, 3, 24, both), (2, 2, 5, both), (2, 2, 24, both)], shelf, "cut")
+    assert any(share.rests for share in history[1].corpora)
+    ledger = Ledger(shelf.corpora, history, seed=3)
+    entries = [entry for step in range(1, LAST + 1) for entry in ledger.step(step)]
+    for corpus in shelf.corpora:
+        found = [
+            entry
+            for document in range(corpus.num_documents)
+            for entry in ledger.document(corpus, document, last_step=LAST)
+        ]
+        assert sum(entry.stop - entry.start for entry in found) == sum(
+            entry.stop - entry.start for entry in entries if entry.corpus == corpus.path
+        )
+
+
 @pytest.mark.parametrize("packing", ["cut", "best_fit"])
 @settings(max_examples=25, deadline=None)
 @given(plan=changes, step=st.integers(1, LAST))
@@ -194,5 +212,8 @@ def test_corpora_that_stand_file_by_file_are_told(full_corpus: Callable[..., str
     shuffled = Corpus(full_corpus("shuffled", [[1, 2, 3]] * 30, shuffle_seed=1))
     Path(f"{shuffled.path}.src").write_bytes(content)
     assert warning_of_order(shuffled) is None
+    entries["file"] = 1
+    path.write_bytes(content)
+    assert warning_of_order(mixed) is None  # one file
     path.unlink()
     assert warning_of_order(mixed) is None

@@ -78,6 +78,11 @@ def test_resume_before_a_change_cuts_the_history_back() -> None:
     assert replaced[1].corpora == history[1].corpora
 
 
+def test_a_planned_change_that_is_no_longer_wanted_leaves_no_row() -> None:
+    history = extend_history(extend_history((), segment(1)), segment(20, batch=16))
+    assert extend_history(history, segment(20)) == history[:1]
+
+
 def test_a_corpus_that_leaves_and_returns_goes_on_where_it_stood() -> None:
     history = extend_history((), segment(1))
     history = extend_history(history, segment(11, share("a"), share("c")))
