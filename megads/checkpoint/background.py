@@ -56,7 +56,7 @@ class Saver:
     """Saves the steps of one run. All ranks make the same calls.
 
     Args:
-        control: over all ranks, and used by nobody else: a save in the background speaks over it at any time.
+        control: over all ranks; a save in the background speaks over it at any time, so then it is nobody else's.
     """
 
     def __init__(self, plan: SavePlan, *, control: Agreement, store: Store | None = None) -> None:

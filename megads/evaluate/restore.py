@@ -71,7 +71,8 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
     log.setup(place.rank)
     device = device_of(place)
     control = connect(place, timeout=config.run.timeout, device=device)
-    mesh = build_mesh(wiring.layout_of(config, place.world_size), place.rank, device=device)
+    layout = wiring.layout_of(config, place.world_size)
+    mesh = build_mesh(layout, place.rank, device=device, timeout=config.run.timeout)
     model = wiring.build_model(config, mesh, vocab=config.model.vocab or 1)
     wanted = [
         piece

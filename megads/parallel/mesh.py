@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -61,11 +62,16 @@ class Mesh:
         return {axis: group.rank for axis, group in self.groups.items()}
 
 
-def build_mesh(layout: Layout, rank: int, *, device: torch.device | None = None) -> Mesh:
+def build_mesh(
+    layout: Layout, rank: int, *, device: torch.device | None = None, timeout: float | None = None
+) -> Mesh:
     """Build this rank's groups; all ranks call it together, after `bootstrap.connect`.
 
     Creation synchronises only the members of a group. Every communicator is used once here, so that none is set up, and
     no dead peer is first met, inside a training step.
+
+    Args:
+        timeout: seconds after which a collective that somebody did not join fails; None: torch's 10 or 30 minutes.
 
     Raises:
         LayoutError: the layout is not as large as the world.
@@ -78,6 +84,7 @@ def build_mesh(layout: Layout, rank: int, *, device: torch.device | None = None)
             allowed="as many processes as ranks",
         )
     device = device or torch.device("cpu")
+    limit = None if timeout is None else timedelta(seconds=timeout)
     handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
     groups = {}
     for axis in AXES:
@@ -86,7 +93,7 @@ def build_mesh(layout: Layout, rank: int, *, device: torch.device | None = None)
         # torch names a group by its ranks and by how many groups this process has: a rank that is alone on an
         # axis where others are not must create its group too, or later groups with them are never found.
         if max(map(len, partition)) > 1 and ranks not in handles:
-            handles[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+            handles[ranks] = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
             dist.all_reduce(torch.zeros(1, device=device), group=handles[ranks])
         groups[axis] = Group(ranks, ranks.index(rank), handles[ranks] if len(ranks) > 1 else None)
     return Mesh(layout, rank, device, groups)

@@ -104,7 +104,8 @@ class Trainer:
         self._source = source.open_source(config)
         state.check_ranks_agree(config, self._source.fingerprints, control=control)
         torch.use_deterministic_algorithms(config.run.deterministic)
-        self._mesh: Mesh = build_mesh(wiring.layout_of(config, control.size), control.rank, device=device)
+        layout = wiring.layout_of(config, control.size)
+        self._mesh: Mesh = build_mesh(layout, control.rank, device=device, timeout=config.run.timeout)
         self._model = wiring.build_model(config, self._mesh, vocab=self._source.tokenizer.vocab_size)
         self._config = wiring.resolved(config, self._model.spec)
         self._engine = wiring.build_engine(config, self._model, mesh=self._mesh)
@@ -112,7 +113,8 @@ class Trainer:
         self._batch_size = config.batch.global_size  # of the training executor
         self._dir = Path(config.run.dir)
         self._checkpoints = self._dir / "checkpoints"
-        self._saver = Saver(save_plan(config.checkpoint, self._checkpoints), control=control.duplicate())
+        channel = control.duplicate() if config.checkpoint.background else control
+        self._saver = Saver(save_plan(config.checkpoint, self._checkpoints), control=channel)
         self._report = Reporter(self._config, directory=self._dir, speaks=self._speaks)
         self._peak = config.profile.peak_tflops or peak_tflops(device, dtype=self._model.dtype)
         self._last_step = min(config.run.stop_after or config.run.steps, config.run.steps)
@@ -218,9 +220,7 @@ class Trainer:
         """Each `data.check_every` steps, that all ranks of a model replica have the same batch."""
         every = self._config.data.check_every
         if every is not None and (batch.step - first_step) % every == 0:
-            check_replicas(
-                batch, layout=self._mesh.layout, control=self._control, reads_tokens=reads_tokens
-            )
+            check_replicas(batch, layout=self._mesh.layout, control=self._control, reads_tokens=reads_tokens)
 
     def _write_run_files(self, step: int, history: tuple[Segment, ...]) -> None:
         if self._speaks:

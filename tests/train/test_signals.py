@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from megads import __main__ as top
+from megads.checkpoint import background
 from megads.train import trainer
 from megads.train.stop import StopRequest
 from tests.distributed.job import (
@@ -142,7 +143,7 @@ def test_a_signal_during_a_save(
     home: Home, ranks: list[Process], undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ranks, forked from here, get two signals each inside their first save."""
-    real_save, caller = trainer.save, os.getpid()
+    real_save, caller = background.save, os.getpid()
     saved: list[int] = []
 
     def save(directory: object, step: int, **rest: object) -> object:
@@ -152,7 +153,7 @@ def test_a_signal_during_a_save(
             os.kill(os.getpid(), signal.SIGUSR1)
         return real_save(directory, step, **rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer, "save", save)
+    monkeypatch.setattr(background, "save", save)
     ranks += start(home, "during a save", "checkpoint.every=3")
     assert [rank.code for rank in end(ranks)] == [75, 75]
     monkeypatch.undo()
