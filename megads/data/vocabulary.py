@@ -21,10 +21,11 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from megads.data.chat import open_template
 from megads.data.corpus import write_durably
 from megads.data.part import refused
 from megads.data.progress import open_progress
-from megads.data.record import Inputs, RecordOptions
+from megads.data.record import Inputs, RecordOptions, Template
 from megads.data.source import find_inputs
 from megads.data.unit import check_inputs, plan_units, read_unit
 from megads.errors import DataError, MegadsError
@@ -45,6 +46,7 @@ class Options:
     vocab_size: int
     max_bytes: int = MAX_BYTES
     key: str = "text"
+    template: Template | None = None
     skip_bad: bool = False
 
 
@@ -118,7 +120,7 @@ class _Lines:
 
     def __iter__(self) -> Iterator[str]:
         progress = open_progress("read", sum(self._inputs.sizes))
-        records = RecordOptions(key=self._options.key)
+        records = RecordOptions(key=self._options.key, template=self._options.template)
         check_inputs(self._inputs, records)
         done = 0
         try:
@@ -183,6 +185,11 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         default="error",
         help="what to do with a record that cannot be read: stop (default), or leave it out",
     )
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="learn from conversations (`messages`): plain, chatml, llama3, or a YAML file",
+    )
     given = parser.parse_args(argv)
     if given.vocab_size < MIN_VOCAB_SIZE:
         parser.error(f"--vocab-size {given.vocab_size}: allowed are {MIN_VOCAB_SIZE} (all bytes) and more")
@@ -196,26 +203,29 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         vocab_size=given.vocab_size,
         max_bytes=given.max_bytes,
         key=given.key,
+        template=None if given.chat_template is None else open_template(given.chat_template),
         skip_bad=given.on_error == "skip",
     )
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the tool; returns its exit code."""
-    options = parse_arguments(argv)
     start = time.monotonic()
     try:
+        options = parse_arguments(argv)
         output = train_tokenizer(options)
     except MegadsError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"{error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
+        print(f"{error.filename}: {error.strerror}" if error.filename else str(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     print(f"{time.monotonic() - start:.1f} s")
     given = f"--input {' '.join(options.inputs)} --tokenizer {output}"
+    if options.template is not None:
+        given += f" --chat-template {options.template.name}"
     print(f"next: python tools/preprocess_data.py {given} --output-prefix P --append-eod")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,3 +77,20 @@ def test_wrong_inputs_end_with_2_and_a_message(
             main(["--input", str(path), *argv])
         assert stop.value.code == 2
     assert not list(tmp_path.glob("*.model*"))
+
+
+def test_conversations_are_learned_from_through_a_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    talk = [{"role": "user", "content": f"What is {n} and {n + 1}?"} for n in range(50)]
+    answers = [{"role": "assistant", "content": f"The answer is {2 * n + 1}."} for n in range(50)]
+    lines = [json.dumps({"messages": pair}) for pair in zip(talk, answers, strict=True)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    arguments = ["--input", str(path), "--vocab-size", "300", "--output", str(tmp_path / "chat.model")]
+    assert main(arguments) == 2
+    assert "chat.jsonl:1" in capsys.readouterr().err
+    assert main([*arguments, "--chat-template", "plain"]) == 0
+    assert "--chat-template plain" in capsys.readouterr().out
+    assert main([*arguments, "--chat-template", "plane"]) == 2
+    assert "plane" in capsys.readouterr().err
