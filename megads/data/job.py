@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,8 +38,7 @@ from megads.errors import DataError
 FORMAT = "megads-parts-1"
 WORKERS_PER_UNIT = 4
 """Threads that one reader keeps busy; with more, several units are read at once."""
-
-
+OUTPUT_SUFFIXES = (".bin", ".idx", ".json", ".src", ".mask", ".bad.jsonl")
 NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
 
 
@@ -118,6 +117,27 @@ def plan_job(
         merge_options=merge_options,
         options_hash=_hash([FORMAT, nonce, dict(options)]),
     )
+
+
+def check_output(prefixes: Sequence[str], read: Iterable[str | Path]) -> None:
+    """Refuse a PREFIX without a name, and one whose files would take the place of a file that is read.
+
+    Args:
+        read: inputs and tokenizer.
+    """
+    for prefix in prefixes:
+        if os.path.basename(prefix) in ("", ".", ".."):
+            raise DataError(
+                f"--output-prefix {prefix}: has no name",
+                allowed="a path whose last part begins the names of the corpus' files, e.g. data/train",
+            )
+    written = {os.path.abspath(prefix + end) for prefix in prefixes for end in OUTPUT_SUFFIXES}
+    for path in read:
+        if os.path.abspath(path) in written:
+            raise DataError(
+                f"--output-prefix {prefixes[0]}: the corpus would take the place of {path}, which is read",
+                do="choose another prefix",
+            )
 
 
 def open_folder(job: Job) -> int:

@@ -112,7 +112,8 @@ class JsonLineReader:
             elif isinstance(error, RecursionError):
                 raise RecordError("not JSON, or nested too deeply") from error
             else:
-                raise RecordError(f"not JSON ({error.msg} at column {error.colno})") from error
+                why = error.msg.removesuffix(" at")
+                raise RecordError(f"not JSON ({why} at column {error.colno})") from error
         else:
             gatherer.add(number, value)
 

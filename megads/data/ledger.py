@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megads.data.corpus import Corpus, DocumentSource
-from megads.data.origin import Origins
+from megads.data.origin import Origins, has_origins
 from megads.data.sampler import Reading, Sampler
 from megads.data.segment import Segment
 from megads.data.stream import TokenRange
@@ -87,15 +87,30 @@ class Ledger:
             start = stop
 
 
-def documents_named(corpus: Corpus, name: str) -> list[int]:
-    """The documents that FILE:RECORD or a number names in a corpus.
+def documents_named(corpora: Sequence[Corpus], name: str) -> list[tuple[Corpus, int]]:
+    """The documents that FILE:RECORD, or a number counted in each corpus, names.
 
     Raises:
-        DataError: it is neither, or the corpus does not say where its documents came from.
+        DataError: it is neither, or no corpus has such a document.
     """
-    if name.isdecimal():
-        return [int(name)]
     file, _, record = name.rpartition(":")
-    if not file or not record.isdecimal():
+    if name.isdecimal():
+        found = [(corpus, int(name)) for corpus in corpora if int(name) < corpus.num_documents]
+        allowed = "; ".join(f"{corpus.path}: 0..{corpus.num_documents - 1}" for corpus in corpora)
+    elif not file or not record.isdecimal():
         raise DataError("not a document", found=name, allowed="a number from 0, or FILE:RECORD")
-    return Origins(corpus).documents(file, int(record))
+    else:
+        origins = [(corpus, Origins(corpus)) for corpus in corpora if has_origins(corpus)]
+        found = [
+            (corpus, document)
+            for corpus, origin in origins
+            for document in origin.documents(file, int(record))
+        ]
+        allowed = "; ".join(origin.described for _, origin in origins) or "numbers: no corpus has a .src"
+    if not found:
+        raise DataError(
+            f"no document {name} in the corpora of this config",
+            allowed=allowed,
+            do="look in the other part of a split; empty, filtered and duplicate records are in no corpus",
+        )
+    return found

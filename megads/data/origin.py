@@ -42,24 +42,23 @@ class Origins:
         self._num_files = num_files
 
     def documents(self, name: str, record: int) -> list[int]:
-        """Documents made of record `record` of a file, which is named in full or by the end of its path.
-
-        Raises:
-            DataError: the corpus has no such file.
-        """
+        """Documents made of record `record` of a file, which is named in full or by the end of its path."""
         names = self._names()
         wanted = [number for number, known in enumerate(names) if f"/{known}".endswith(f"/{name}")]
         if not wanted:
-            raise DataError(
-                f"{self._path}: no document of {name}",
-                allowed=", ".join(names[:8]) + ", ..." * (len(names) > 8),
-            )
+            return []
         found: list[int] = []
         for first in range(0, self._num_documents, BLOCK):
             entries = self._entries(first, min(BLOCK, self._num_documents - first))
             mine = np.isin(entries["file"], wanted) & (entries["record"] == record)
             found += (np.flatnonzero(mine) + first).tolist()
         return found
+
+    @property
+    def described(self) -> str:
+        """The first files that documents came from, for messages."""
+        names = self._names()
+        return f"{self._path}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
 
     @property
     def is_sorted(self) -> bool:
@@ -84,11 +83,16 @@ class Origins:
         return names
 
 
+def has_origins(corpus: Corpus) -> bool:
+    """Whether a corpus says where its documents came from; one made by Megatron's tool does not."""
+    return Path(f"{corpus.path}.src").is_file()
+
+
 def warning_of_order(corpus: Corpus) -> str | None:
     """What to tell of a corpus whose documents were not shuffled and stand file by file; None: nothing."""
     if corpus.manifest is None or corpus.manifest.shuffle_seed is not None:
         return None
-    if not Path(f"{corpus.path}.src").is_file() or not Origins(corpus).is_sorted:
+    if not has_origins(corpus) or not Origins(corpus).is_sorted:
         return None
     return (
         f"{corpus.path}: documents were not shuffled and stand file by file, so neighbours in a sample are alike; "

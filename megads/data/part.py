@@ -259,7 +259,7 @@ def refused(bad: BadRecord, unit: Unit, *, inputs: Inputs) -> DataError:
     place = place_of(inputs, bad, num_before=count_records_before(inputs, unit))
     return DataError(
         f"{place}: {bad.why}",
-        found=bad.head,
+        found=bad.head or None,
         allowed="one document with text",
         do="repair it, or leave out and count all such records with --on-error skip",
     )

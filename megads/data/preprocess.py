@@ -29,6 +29,7 @@ from megads.data.engine_choice import choose_engine
 from megads.data.indexed import token_dtype
 from megads.data.job import (
     Job,
+    check_output,
     deal_units,
     make_parts,
     merge_lock,
@@ -176,6 +177,8 @@ def open_workshop(options: Options, *, speaks: bool = True) -> Workshop:
         shuffle_seed=options.shuffle_seed,
         valid_fraction=options.valid_fraction,
     )
+    prefixes = [side_prefix(options.output_prefix, side) for side in merge.sides]
+    check_output(prefixes, (options.tokenizer, *inputs.files))
     has_keys = options.dedup or options.valid_fraction is not None
     job = plan_job(
         options.output_prefix,
@@ -187,7 +190,7 @@ def open_workshop(options: Options, *, speaks: bool = True) -> Workshop:
             append_eod=eod,
             special_tokens=options.special_tokens,
             on_error="skip" if options.skip_bad else "error",
-            has_keys=has_keys,
+            **{"dedup or valid_fraction": has_keys},
         ),
         merge_options={
             "dedup": options.dedup,
@@ -295,7 +298,8 @@ def told(work: Callable[[], None]) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"{error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        what = f"{error.filename or 'output'}: {error.strerror or error}"
+        print(f"{what}\n  do:      repair that; the same command goes on where it was", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the parts that are finished", file=sys.stderr)

@@ -9,13 +9,15 @@ Lives here: files, folders, globs and standard input to `Inputs`. Does not live 
     -                standard input, JSON lines where nothing else is declared
 
 Folders are read recursively in sorted order; hidden files and folders, links to folders, `__pycache__` and
-files of other kinds are left out (`Inputs.left_out` counts them). Globs (`data/**/*.jsonl`) are sorted too.
+files of other kinds are left out (`Inputs.left_out` counts them). Globs (`data/**/*.jsonl`) are sorted too. In both,
+files of corpora that stand or are being made there are no inputs, so that a corpus may be made beside its text.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ TEXT_SUFFIXES = frozenset((
 JSON_SUFFIXES = frozenset((".jsonl", ".json"))
 PARQUET_SUFFIXES = frozenset((".parquet",))
 COMPRESSIONS: Mapping[str, Compression] = MappingProxyType({".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"})
+CORPUS_FILE = re.compile(r"(.+?)\.(?:bin|idx|src|mask|json|bad\.jsonl|pack-\d+(?:\.json)?)")
 ALLOWED = (
     "JSON lines (.jsonl, .json), Parquet, text and source files, .gz and .zst of them, folders, globs, or -"
 )
@@ -53,6 +56,8 @@ def find_inputs(paths: Sequence[str | Path], *, input_format: Format | None = No
     kinds: list[Kind] = []
     left_out: Counter[str] = Counter()
     for file, is_named in _files(paths):
+        if not is_named and _is_of_corpus(file):
+            continue
         kind = _kind(file, input_format, is_named=is_named)
         if kind is None:
             left_out[file.suffix.lower() or "(no suffix)"] += 1
@@ -119,6 +124,14 @@ def _kind(file: Path, input_format: Format | None, *, is_named: bool) -> Kind | 
             do="say what it holds with --input-format",
         )
     return None if found is None else Kind(found, compression)
+
+
+def _is_of_corpus(file: Path) -> bool:
+    """Whether a file was written by the offline tool, as its name and the files beside it tell."""
+    if file.parent.suffix == ".parts" and (file.parent / "job.json").is_file():
+        return True
+    match = CORPUS_FILE.fullmatch(file.name)
+    return match is not None and any(file.with_name(match[1] + end).exists() for end in (".src", ".parts"))
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -82,12 +82,11 @@ def _of_step(config: Config, history: Sequence[Segment], step: int) -> Iterator[
 def _of_document(config: Config, history: Sequence[Segment], name: str) -> Iterator[str]:
     corpora = _corpora(config)
     ledger = Ledger(corpora, history, seed=config.run.seed)
-    for corpus in corpora:
-        for document in documents_named(corpus, name):
-            entries = ledger.document(corpus, document, last_step=config.run.steps)
-            yield f"{corpus.path} document {document}: {_times(entries)} by step {config.run.steps}"
-            for entry in entries:
-                yield f"step {entry.step:6} sample {entry.sample:5} {_words(entry)}"
+    for corpus, document in documents_named(corpora, name):
+        entries = ledger.document(corpus, document, last_step=config.run.steps)
+        yield f"{corpus.path} document {document}: {_times(entries)} by step {config.run.steps}"
+        for entry in entries:
+            yield f"step {entry.step:6} sample {entry.sample:5} {_words(entry)}"
 
 
 def _corpora(config: Config) -> tuple[Corpus, ...]:

@@ -44,7 +44,7 @@ NASTY: dict[str, tuple[bytes, list[str], list[str]]] = {
     "i_cut.jsonl": (
         LINES + b'{"text": "unfin',
         ["a", "b"],
-        ["i_cut.jsonl:3 (byte 28): not JSON (Unterminated string starting at at column 10)"],
+        ["i_cut.jsonl:3 (byte 28): not JSON (Unterminated string starting at column 10)"],
     ),
     "j_types.jsonl": (
         b'{"text": null}\n{"txt": 1}\n' + line("a") + b"[]\nnull\n",

@@ -264,6 +264,8 @@ def test_other_options_do_not_mix_with_finished_parts(
     assert "parts of a run with other options" in message
     assert "min_bytes 0" in message
     assert "min_bytes 7 (this command)" in message
+    assert main(command(many, sp_model, tmp_path / "c", *OPTIONS[:2])) == 2
+    assert "dedup or valid_fraction" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "c.parts")
     assert main(command(many, sp_model, tmp_path / "c", *OPTIONS, "--min-bytes", "7")) == 0
 

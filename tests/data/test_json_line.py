@@ -128,14 +128,14 @@ def test_the_fast_path_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch)
 
 
 BAD_LINES = {
-    b'{"text": "cut': "not JSON (Unterminated string starting at at column 10)",
+    b'{"text": "cut': "not JSON (Unterminated string starting at column 10)",
     b"plain text": "not JSON (Expecting value at column 1)",
     b'{"text": "a"} {"text": "b"}': "not JSON (Extra data at column 15)",
     b'{"text": "a"}{"text": "b"}': "not JSON (Extra data at column 14)",
     b'{"text": "a"} null {"text": "b"}': "not JSON (Extra data at column 15)",
     b'{"text": "a",}': "not JSON (Expecting property name enclosed in double quotes at column 14)",
-    b'{"text": "tab\there"}': "not JSON (Invalid control character at at column 14)",
-    b'{"text": "nul\x00"}': "not JSON (Invalid control character at at column 14)",
+    b'{"text": "tab\there"}': "not JSON (Invalid control character at column 14)",
+    b'{"text": "nul\x00"}': "not JSON (Invalid control character at column 14)",
     b'{"text": "\\q"}': "not JSON (Invalid \\escape at column 11)",
     b'["a"]': "an array, not an object",
     b'"a"': "a string, not an object",

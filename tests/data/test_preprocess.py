@@ -23,7 +23,7 @@ GOLDEN = {"gpt2": "tokenizers/gpt2/tokenizer.json", "sp": "tokenizers/sp_bpe_32k
 Jsonl = Callable[..., Path]
 
 
-def run(inputs: Path | list[Path], tokenizer: Path, prefix: Path, *options: str) -> int:
+def run(inputs: Path | list[Path], tokenizer: Path, prefix: Path | str, *options: str) -> int:
     paths = [str(path) for path in (inputs if isinstance(inputs, list) else [inputs])]
     return main(["--input", *paths, "--tokenizer", str(tokenizer), "--output-prefix", str(prefix), *options])
 
@@ -189,7 +189,7 @@ def test_a_full_disk_is_reported_and_finished_parts_stay(
     with monkeypatch.context() as patch:
         patch.setattr(corpus_writer, "sync_file", full)
         assert run(path, sp_model, tmp_path / "c") == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert "No space left on device\n  do:      repair that" in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["c.parts", "t.jsonl"]
     assert run(path, sp_model, tmp_path / "c") == 0
     assert "going on: 1 of 1 parts are there" in capsys.readouterr().err
@@ -219,12 +219,15 @@ def test_wrong_inputs_end_with_2_and_a_message(
 ) -> None:
     good = jsonl("good.jsonl", ["some text"])
     empty = jsonl("empty.jsonl", ["", ""])
+    own = jsonl("own_valid.json", ["some text"]).rename(tmp_path / "own.json")
     (tmp_path / "file").write_text("")
     cases = [
         (tmp_path / "absent.jsonl", sp_model, tmp_path / "c", (), "absent.jsonl: no such file"),
         (good, tmp_path / "absent.model", tmp_path / "c", (), "absent.model: no such tokenizer"),
         (good, good, tmp_path / "c", (), "good.jsonl: not a kind of tokenizer"),
         (good, sp_model, tmp_path / "file" / "c", (), "cannot be written"),
+        (good, sp_model, f"{tmp_path}/", (), "has no name"),
+        (own, sp_model, tmp_path / "own", (), "would take the place of"),
         (good, sp_model, tmp_path / "c", ("--special-tokens", "parse"), "parse"),
         (good, sp_model, tmp_path / "c", ("--key", "body"), "good.jsonl:1 (byte 0): no key 'body'"),
         (

@@ -183,17 +183,23 @@ def test_documents_are_named_by_number_or_by_file_and_record(
     full_corpus: Callable[..., str], shelf: Shelf
 ) -> None:
     corpus = Corpus(full_corpus("f", [[1, 2, 3]] * 30))
-    assert documents_named(corpus, "17") == [17]
-    assert documents_named(corpus, "even.jsonl:5") == [4]
-    assert documents_named(corpus, "odd é.jsonl:8") == [7]
-    assert documents_named(corpus, "even.jsonl:8") == []
+    short = Corpus(full_corpus("short", [[4, 5, 6]] * 8))
+    bare = shelf.corpora[0]  # without a .src
+    corpora = [bare, short, corpus]
+    assert documents_named([corpus], "17") == [(corpus, 17)]
+    assert documents_named([short, corpus], "17") == [(corpus, 17)]
+    assert documents_named(corpora, "even.jsonl:5") == [(short, 4), (corpus, 4)]
+    assert documents_named(corpora, "odd é.jsonl:18") == [(corpus, 17)]
     for name in ("x", "x:", ":3", "a:b"):
         with pytest.raises(DataError, match="not a document"):
-            documents_named(corpus, name)
-    with pytest.raises(DataError, match=r"no document of ven\.jsonl"):
-        documents_named(corpus, "ven.jsonl:5")
-    with pytest.raises(DataError, match=r"a\.src: cannot be opened"):
-        documents_named(shelf.corpora[0], "x:3")
+            documents_named(corpora, name)
+    for name in ("even.jsonl:8", "ven.jsonl:5"):
+        with pytest.raises(DataError, match=rf"no document {name} in .*\n.*f\.src: .*even\.jsonl"):
+            documents_named(corpora, name)
+    with pytest.raises(DataError, match=r"no document 30 in .*\n.*short: 0\.\.7; .*f: 0\.\.29"):
+        documents_named([short, corpus], "30")
+    with pytest.raises(DataError, match=r"numbers: no corpus has a \.src"):
+        documents_named([bare], "x:3")
     with pytest.raises(DataError, match=r"no such document\n.*30\n.*0\.\.29"):
         Ledger(
             [corpus], (Segment(1, 1, 8, 8, (CorpusShare(corpus.path, corpus.fingerprint, 1.0),)),), seed=0

@@ -97,6 +97,17 @@ def test_kinds_that_cannot_be_are_refused(tmp_path: Path) -> None:
         find_inputs([tmp_path / "a.parquet.gz"])
 
 
+def test_corpora_in_a_folder_are_no_inputs_unless_they_are_named(tmp_path: Path) -> None:
+    make(tmp_path, "a.jsonl", "a.bin", "a.idx", "a.src", "a.json", "a.bad.jsonl", "a.pack-8", "a.pack-8.json")
+    make(tmp_path, "b.parts/job.json", "b.parts/1.part", "b.json", "c.json", "c.bad.jsonl", "d.parts/1.jsonl")
+    expected = ["a.jsonl", "c.bad.jsonl", "c.json", "d.parts/1.jsonl"]
+    inputs = find_inputs([tmp_path])
+    assert [str(file.relative_to(tmp_path)) for file in inputs.files] == expected
+    assert inputs.left_out == {}
+    assert names_of(tmp_path, f"{tmp_path}/**/*.json*") == expected
+    assert names_of(tmp_path, tmp_path / "a.bad.jsonl") == ["a.bad.jsonl"]
+
+
 def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         find_inputs([tmp_path / "absent"])
