@@ -53,6 +53,7 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
     place = discover()
     defaults = (
         "parallel.tensor=1",
+        "parallel.sequence_pieces=1",
         "parallel.context=1",
         "parallel.pipeline=1",
         "parallel.expert=1",

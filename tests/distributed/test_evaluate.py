@@ -160,3 +160,11 @@ def test_evaluation_follows_the_newest_step_or_the_one_that_is_named(home: Home,
         for path in (older, Path(run), Path(run) / "checkpoints")
     ]
     assert losses[0] > losses[1] == losses[2]
+
+
+def test_a_run_whose_layout_needs_more_ranks_is_evaluated_on_one(home: Home) -> None:
+    """Every key of the run's layout that one process refuses goes back to what a single process has."""
+    layout = Layout(tensor=2)
+    train(home, "cut", layout, "run.stop_after=3", "parallel.sequence=true", "parallel.sequence_pieces=2")
+    score = json.loads(commands((home.path, ["evaluate", "cut", "--data", "data/valid", "--json"]))[0].said)
+    assert score["step"] == 3
