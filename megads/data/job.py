@@ -140,8 +140,11 @@ def check_output(prefixes: Sequence[str], read: Iterable[str | Path]) -> None:
             )
 
 
-def open_folder(job: Job) -> int:
+def open_folder(job: Job, *, is_shared: bool = False) -> int:
     """Make the folder of parts, or enter the one of an earlier run; returns how many parts it has of this job.
+
+    Args:
+        is_shared: by tasks of which any may merge, so that all must want the same corpus.
 
     Raises:
         DataError: parts are there that were made with other options, or the folder cannot be made.
@@ -156,9 +159,10 @@ def open_folder(job: Job) -> int:
             allowed="a folder with write permission, and a name in it",
         ) from error
     if described.is_file() and any(job.folder.glob("*.part")):
-        _check_options(job, described)
+        _check_options(job, described, is_shared=is_shared)
     temporary = own_temporary(described)
-    temporary.write_text(json.dumps({"format": FORMAT, "options": dict(job.options)}, indent=2))
+    content = {"format": FORMAT, "options": dict(job.options), "merge_options": dict(job.merge_options)}
+    temporary.write_text(json.dumps(content, indent=2))
     os.replace(temporary, described)
     return len(job.units) - len(job.missing())
 
@@ -259,15 +263,17 @@ def _is_locked(handle: int) -> bool:
     return True
 
 
-def _check_options(job: Job, described: Path) -> None:
-    """Refuse to mix parts of different options."""
+def _check_options(job: Job, described: Path, *, is_shared: bool) -> None:
+    """Refuse to mix parts of different options, and tasks that want different corpora."""
+    kinds = ("options", "merge_options") if is_shared else ("options",)
     try:
-        earlier = json.loads(described.read_bytes())["options"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        content = json.loads(described.read_bytes())
+        earlier = {name: value for kind in kinds for name, value in content[kind].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise DataError(
             f"{described}: not readable", found=error, do=f"remove {job.folder} to start from the beginning"
         ) from error
-    now = json.loads(json.dumps(dict(job.options)))
+    now = json.loads(json.dumps({**job.options, **(job.merge_options if is_shared else {})}))
     different = [name for name in sorted(now.keys() | earlier.keys()) if now.get(name) != earlier.get(name)]
     if different:
         raise DataError(

@@ -120,7 +120,7 @@ def preprocess_shard(options: Options, *, number: int, count: int) -> Report | N
     _refuse_stdin(shop)
     if report := finished(shop):
         return report
-    open_folder(shop.job)
+    open_folder(shop.job, is_shared=True)
     make(shop, deal_units(shop.job.units, shard=number, num_shards=count))
     if missing := shop.job.missing():
         report = finished(shop)  # another task may have merged and removed the parts
@@ -363,6 +363,6 @@ def _refuse_stdin(shop: Workshop) -> None:
 
 
 def _tidy(job: Job) -> None:
-    """Leave no folder behind that holds no finished part."""
-    if job.folder.is_dir() and not any(job.folder.glob("*.part")):
+    """Leave no folder behind without a finished part that another run can use: none can use standard input's."""
+    if job.folder.is_dir() and (STDIN in job.inputs.files or not any(job.folder.glob("*.part"))):
         remove_folder(job)

@@ -299,7 +299,9 @@ def _check_same_stream(last: Segment, wanted: Segment) -> None:
             "data.page cannot change during a run",
             found=wanted.page,
             allowed=last.page,
-            do="keep data.page (null means data.sequence_length; set it when the sequence length changes)",
+            do=f"set data.page={last.page} (null means data.sequence_length, which has changed)"
+            if wanted.page == wanted.sequence_length
+            else "keep it",
         )
     if last.packing != wanted.packing:
         raise DataError("data.packing cannot change during a run", found=wanted.packing, allowed=last.packing)

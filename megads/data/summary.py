@@ -5,6 +5,7 @@ Lives here: the report and its table. Does not live here: progress while it work
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -43,9 +44,10 @@ def print_summary(options: Options, report: Report) -> None:
         print(f"skipped {line}")
     if first.num_bad > len(first.bad):
         print(f"all {first.num_bad} stand in {options.output_prefix}.bad.jsonl")
-    valid = f" data.valid={report.prefixes[1]}" if len(report.prefixes) > 1 else ""
-    data = f"data.train={report.prefixes[0]}{valid} data.tokenizer={options.tokenizer}"
-    print(f"next: python -m megads train CONFIG {data}")
+    keys = [
+        f"data.{part}={prefix}" for part, prefix in zip(("train", "valid"), report.prefixes, strict=False)
+    ]
+    print(f"next: python -m megads train CONFIG {shlex.join((*keys, f'data.tokenizer={options.tokenizer}'))}")
 
 
 def _rows(report: Report) -> Iterator[tuple[str, str]]:
@@ -65,7 +67,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         ("skipped", first.num_bad),
     ):
         if count:
-            yield name, f"{count:,} documents"
+            yield name, f"{count:,} document{'s' * (count != 1)}"
     if report.left_out:
         most = sorted(report.left_out.items(), key=lambda item: -item[1])[:NUM_NAMED_KINDS]
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in most)

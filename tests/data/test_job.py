@@ -209,6 +209,16 @@ def test_a_dead_task_is_made_up_for_by_the_plain_command(sp_model: Path, many: P
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
+def test_tasks_that_want_different_corpora_are_refused(
+    sp_model: Path, many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(many, sp_model, tmp_path / "c", *OPTIONS, "--shard", "1/2")) == 0
+    other = ("--shuffle-seed", "4", "--shard", "0/2")
+    assert main(command(many, sp_model, tmp_path / "c", *OPTIONS, *other)) == 2
+    assert "found:   shuffle_seed 3\n  allowed: shuffle_seed 4 (this command)" in capsys.readouterr().err
+    assert not (tmp_path / "c.idx").exists()
+
+
 def test_two_ranks_of_mpi(sp_model: Path, many: Path, tmp_path: Path) -> None:
     mpiexec = shutil.which(
         "mpiexec", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -370,6 +380,10 @@ def test_standard_input_gives_the_same_corpus(sp_model: Path, many: Path, tmp_pa
     for suffix in ("bin", "idx"):
         assert Path(f"{tmp_path}/c.{suffix}").read_bytes() == Path(f"{tmp_path}/file.{suffix}").read_bytes()
     assert not (tmp_path / "c.parts").exists()
+    empty = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert empty.returncode == 2
+    assert "no document has any text" in empty.stderr
+    assert not (tmp_path / "c.parts").exists()  # nobody can go on with what came that way
     shared = subprocess.run(
         [*argv, "--shard", "0/2"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -257,12 +259,14 @@ def test_wrong_inputs_end_with_2_and_a_message(
 def test_the_summary_says_what_was_made(
     sp_model: Path, jsonl: Jsonl, sentences: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(jsonl("t.jsonl", sentences), sp_model, tmp_path / "c", "--valid-fraction", "0.5") == 0
+    assert run(jsonl("t.jsonl", [*sentences, ""]), sp_model, tmp_path / "a c", "--valid-fraction", "0.5") == 0
     out = capsys.readouterr().out
-    manifest = json.loads(Path(f"{tmp_path}/c.json").read_text())
+    manifest = json.loads(Path(f"{tmp_path}/a c.json").read_text())
     assert f"documents  {manifest['documents']}" in out
     assert f"tokens     {manifest['tokens']:,}" in out
-    assert f"data.train={tmp_path}/c data.valid={tmp_path}/c_valid" in out
+    assert re.search(r"empty +1 document\n", out)
+    said = shlex.split(out[out.index("next: ") :])
+    assert said[-3:-1] == [f"data.train={tmp_path}/a c", f"data.valid={tmp_path}/a c_valid"]
 
 
 def test_the_command_itself(sp_model: Path, tmp_path: Path) -> None:

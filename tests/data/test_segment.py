@@ -104,6 +104,8 @@ def test_an_exchanged_corpus_is_refused_naming_both_prints() -> None:
 def test_page_cannot_change() -> None:
     with pytest.raises(DataError, match=r"data\.page"):
         extend_history(extend_history((), segment(1)), segment(11, page=128))
+    with pytest.raises(DataError, match=r"data\.page .*\n.*128\n.*64\n.*set data\.page=64"):
+        extend_history(extend_history((), segment(1)), segment(11, page=128, length=128))
 
 
 def test_steps_before_the_history_are_refused() -> None:
