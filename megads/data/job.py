@@ -120,7 +120,7 @@ def plan_job(
 
 
 def check_output(prefixes: Sequence[str], read: Iterable[str | Path]) -> None:
-    """Refuse a PREFIX without a name, and one whose files would take the place of a file that is read.
+    """Refuse a PREFIX without a name, and one whose files would take the place of a file that is read or foreign.
 
     Args:
         read: inputs and tokenizer.
@@ -130,6 +130,12 @@ def check_output(prefixes: Sequence[str], read: Iterable[str | Path]) -> None:
             raise DataError(
                 f"--output-prefix {prefix}: has no name",
                 allowed="a path whose last part begins the names of the corpus' files, e.g. data/train",
+            )
+        if os.path.exists(f"{prefix}.json") and not os.path.exists(f"{prefix}.src"):
+            raise DataError(
+                f"--output-prefix {prefix}: the corpus would take the place of {prefix}.json, which is of no corpus",
+                allowed="a prefix without files, or that of a corpus with its .src",
+                do="choose another prefix, or move that file",
             )
     written = {os.path.abspath(prefix + end) for prefix in prefixes for end in OUTPUT_SUFFIXES}
     for path in read:

@@ -221,7 +221,8 @@ def test_wrong_inputs_end_with_2_and_a_message(
 ) -> None:
     good = jsonl("good.jsonl", ["some text"])
     empty = jsonl("empty.jsonl", ["", ""])
-    own = jsonl("own_valid.json", ["some text"]).rename(tmp_path / "own.json")
+    own = jsonl("own.json", ["some text"])
+    bad = jsonl("own_valid.bad.jsonl", ["some text"])
     (tmp_path / "file").write_text("")
     cases = [
         (tmp_path / "absent.jsonl", sp_model, tmp_path / "c", (), "absent.jsonl: no such file"),
@@ -229,7 +230,9 @@ def test_wrong_inputs_end_with_2_and_a_message(
         (good, good, tmp_path / "c", (), "good.jsonl: not a kind of tokenizer"),
         (good, sp_model, tmp_path / "file" / "c", (), "cannot be written"),
         (good, sp_model, f"{tmp_path}/", (), "has no name"),
-        (own, sp_model, tmp_path / "own", (), "would take the place of"),
+        (own, sp_model, tmp_path / "own", (), "own.json, which is of no corpus"),
+        (good, sp_model, tmp_path / "own", (), "own.json, which is of no corpus"),
+        (bad, sp_model, tmp_path / "own_valid", (), "own_valid.bad.jsonl, which is read"),
         (good, sp_model, tmp_path / "c", ("--special-tokens", "parse"), "parse"),
         (good, sp_model, tmp_path / "c", ("--key", "body"), "good.jsonl:1 (byte 0): no key 'body'"),
         (
