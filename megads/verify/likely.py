@@ -36,10 +36,6 @@ class Evidence:
     factor: float | None
     wrong: frozenset[str]
 
-    def facts_of(self, name: str) -> str:
-        """How a parameter is cut."""
-        return self.comparison.outcome.facts[name].kind
-
     def are_exactly(self, names: Iterable[str]) -> bool:
         """Whether these are the wrong parameters; a few of them may be right by chance (a gradient of zero)."""
         names = frozenset(names)

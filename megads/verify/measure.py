@@ -27,7 +27,7 @@ from megads.parallel.parameter import stored_name
 from megads.pipeline.executor import Executor
 from megads.verify.batch import Masks, synthetic_batch
 from megads.verify.outcome import Facts, Outcome, Part, RankResult, merge, parts_of
-from megads.verify.ranks import fork_ranks
+from megads.verify.ranks import STALL, fork_ranks
 from megads.verify.routing import RouteKeeper
 from megads.verify.trace import Tracer
 
@@ -55,10 +55,12 @@ class Trainee:
         *,
         masks: Masks = "unequal",
         device: torch.device | None = None,
+        stall: float | None = None,
     ) -> Trainee:
-        """All ranks call it. `model.vocab` must not be null; `device`: None is the CPU."""
+        """All ranks call it. `model.vocab` must not be null; `device`: None is the CPU; `stall`: as `build_mesh`."""
         assert config.model.vocab is not None
-        mesh = build_mesh(layout_of(config, control.size), control.rank, device=device)
+        layout = layout_of(config, control.size)
+        mesh = build_mesh(layout, control.rank, device=device, timeout=stall)
         model = build_model(config, mesh, vocab=config.model.vocab)
         engine = build_engine(config, model, mesh=mesh)
         return cls(config, mesh, model, engine, build_executors(config, model, mesh=mesh).train, masks)
@@ -111,7 +113,7 @@ def measure(
     masks: Masks = "unequal",
     watch: Watch | None = None,
     timeout: float = 300.0,
-    stall: float = 20.0,
+    stall: float = STALL,
 ) -> Outcome:
     """Train `steps` steps of `config` on `world_size` ranks, on synthetic batches.
 
@@ -126,7 +128,7 @@ def measure(
     """
 
     def work(control: Control) -> RankResult:
-        return record(config, control, steps=steps, masks=masks, watch=watch)
+        return record(config, control, steps=steps, masks=masks, watch=watch, stall=stall)
 
     return merge(fork_ranks(work, world_size, timeout=timeout, stall=stall))
 
@@ -139,9 +141,10 @@ def record(
     masks: Masks = "unequal",
     watch: Watch | None = None,
     device: torch.device | None = None,
+    stall: float | None = None,
 ) -> RankResult:
-    """A rank's part of `measure`; `device`: None is the CPU."""
-    trainee = Trainee.build(config, control, masks=masks, device=device)
+    """A rank's part of `measure`; `device`: None is the CPU; `stall`: as `build_mesh`."""
+    trainee = Trainee.build(config, control, masks=masks, device=device, stall=stall)
     initial = trainee.parts()
     shape = (config.batch.global_size, config.data.sequence_length)
     against = None if watch is None else watch.against

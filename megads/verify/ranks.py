@@ -33,6 +33,7 @@ from megads.parallel.control import Control
 
 T = TypeVar("T")
 
+STALL = 20.0  # seconds that a collective waits for the others of its group
 GRACE = 0.5  # seconds that other ranks get to say why they fail, after the first
 LOG_CHARACTERS = 3000  # of each rank's output in a failure's log
 FRAME = re.compile(r'File "[^"]*?(megads/[^"]+)", line (\d+),? in (\w+)')
@@ -73,7 +74,7 @@ class _Answer(Generic[T]):
 
 
 def fork_ranks(
-    function: Callable[[Control], T], size: int, *, stall: float = 20.0, timeout: float = 300.0
+    function: Callable[[Control], T], size: int, *, stall: float = STALL, timeout: float = 300.0
 ) -> list[T]:
     """Run `function(control)` on `size` connected ranks; returns their values in rank order.
 

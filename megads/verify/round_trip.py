@@ -24,7 +24,7 @@ from megads.parallel.control import Control
 from megads.verify.compare import BOUNDS, Bounds
 from megads.verify.measure import Trainee
 from megads.verify.outcome import Arrays, assemble, parts_of
-from megads.verify.ranks import fork_ranks
+from megads.verify.ranks import STALL, fork_ranks
 from megads.verify.trial import Trial
 
 LOW = Bounds(loss=1e-2, gradient=1.0, norm=1.0, weight=1.0, output=1.0)  # of bf16 and fp16
@@ -73,7 +73,7 @@ def _run(config: Config, world_size: int, directory: Path, *, steps: int, loads:
     """Train and save, or load; then one step more."""
 
     def work(control: Control) -> Any:
-        trainee = Trainee.build(config, control)
+        trainee = Trainee.build(config, control, stall=STALL)
         engine = trainee.engine
         if loads:
             reader = load(directory / step_name(steps), engine.targets(), control=control)
