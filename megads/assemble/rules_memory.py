@@ -11,7 +11,7 @@ from megads.config.root import Config
 
 def recompute_layers_are_recomputed(config: Config, world_size: int) -> Finding | None:
     parallel = config.parallel
-    if parallel.recompute_layers is None or parallel.recompute not in ("none", ()):
+    if parallel.recompute_layers is None or parallel.recompute != "none":
         return None
     return Finding(
         "parallel.recompute_layers",

@@ -43,7 +43,7 @@ def schedule_file_is_right(config: Config, world_size: int) -> Finding | None:
     except ScheduleError as error:
         return Finding(
             "parallel.schedule",
-            str(error),
+            str(error).replace("\n", "\n  "),
             "a schedule that can be run",
             f"python -m megads schedule {config.parallel.schedule} draws it",
         )

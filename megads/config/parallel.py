@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import MinLen
 from pydantic import NonNegativeInt, PositiveInt
 
 from megads.config.section import Text, section
@@ -44,11 +45,11 @@ class ParallelConfig:
     schedule: ScheduleName | Text = "one_f_one_b"
     """Pipeline schedule, or the path of a file with one of your own (its form: `megads/pipeline/text.py`);
     `python -m megads schedule NAME` draws it."""
-    stage_layers: tuple[NonNegativeInt, ...] | None = None
+    stage_layers: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None = None
     """Transformer layers of each stage, first to last (the embedding goes with the first, the head with the last), such
     as [7, 9, 9, 7]; null: dealt so that the most expensive stage is as cheap as possible, or the most expensive rank
     where stages are placed as a V."""
-    recompute: Literal["none", "full"] | tuple[LayerPart, ...] = "none"
+    recompute: Literal["none", "full"] | Annotated[tuple[LayerPart, ...], MinLen(1)] = "none"
     """What is computed again in the backward instead of kept: nothing, whole layers, or the named parts of each:
     attention or mlp (the branch with its norm and its products), norm or activation (cheap: no product runs twice;
     the norm before experts is kept)."""

@@ -110,6 +110,8 @@ WRONG_KEYS = {
     "item out of range": ("lr: 3e-4", "lr: 3e-4\n  betas: [0.9, 1.5]", ":16: optim.betas[1]: found 1.5"),
     "neither text nor list": ("train: corpus", "train: 3", ":11: data.train: found 3 (allowed: non-empty text, or a non-empty list of"),
     "empty list": ("train: corpus", "train: []", ":11: data.train: found []"),
+    "no part of a layer": ("lr: 3e-4", "lr: 3e-4\nparallel: {recompute: []}", ":16: parallel.recompute: found []"),
+    "no stage": ("lr: 3e-4", "lr: 3e-4\nparallel: {stage_layers: []}", ":16: parallel.stage_layers: found []"),
     "item of a blend": ("train: corpus", "train: [a, 3]", ":11: data.train[1]: found 3"),
     "key of a blend": ("train: corpus", "train:\n    - path: a\n      wieght: 2", ":13: data.train[0].wieght: unknown key; did you mean data.train[0].weight?"),
     "key missing in a blend": ("train: corpus", "train:\n    - weight: 2", ":12: data.train[0].path: missing"),
