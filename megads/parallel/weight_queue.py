@@ -17,7 +17,7 @@ Nothing of the forward is run twice (Qi et al. 2023, section 2.2). How a layer u
                    ctx.queue.put(weight_gradient, ctx.weight)
                    return dx, None                         None for the weight, always
 
-What is cheap (norms, biases, routers) stays with autograd, in I. autograd calls a parameter's post-accumulate hook in I
+What is cheap (norms, biases) stays with autograd, in I. autograd calls a parameter's post-accumulate hook in I
 although its work still waits, so a weight is complete when `run` says so, not when its hook is called.
 """
 
