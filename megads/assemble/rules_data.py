@@ -154,7 +154,8 @@ def curriculum_fills_ranks(config: Config, world_size: int) -> Finding | None:
         return None
     if curriculum_is_whole(config, world_size) or curriculum_grows(config, world_size):
         return None
-    lengths = all_lengths(curriculum_of(config.data))[:-1]  # the last is data.sequence_length, which has rules
+    # the last is data.sequence_length, which has rules of its own
+    lengths = all_lengths(curriculum_of(config.data))[:-1]
     wrong = next((length for length in lengths if length % unit), None)
     if wrong is None:
         return None

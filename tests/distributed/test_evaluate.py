@@ -42,7 +42,8 @@ def run(home: Home, request: pytest.FixtureRequest) -> str:
 def says(home: Home, layout: Layout, *argv: str) -> str:
     """What rank 0 prints when all ranks of the layout run the command; the others print nothing."""
     degrees = [
-        f"parallel.{axis}={getattr(layout, axis)}" for axis in ("tensor", "context", "context_kind", "pipeline")
+        f"parallel.{axis}={getattr(layout, axis)}"
+        for axis in ("tensor", "context", "context_kind", "pipeline")
     ]
     first, *others = commands(*[(home.path, [*argv, *degrees])] * layout.world_size)
     assert first.code == 0, first.errors
