@@ -201,6 +201,20 @@ def unpack(pair: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return pair[..., :dim], pair[..., dim:]
 
 
+def _kept(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    result: AttentionResult,
+    steps: Sequence[Pass | None],
+    group: Group,
+) -> tuple[Tensor, Tensor]:
+    """The result of a forward, after keeping what its backward needs."""
+    ctx.save_for_backward(*inputs, result.out, result.lse)
+    ctx.steps, ctx.group = tuple(steps), group
+    ctx.mark_non_differentiable(result.lse)
+    return result.out, result.lse
+
+
 class _Ring(torch.autograd.Function):
     """Step i of rank r computes with the keys of rank r - i, while those of the next step arrive."""
 
@@ -215,11 +229,7 @@ class _Ring(torch.autograd.Function):
                 merge.add(block.queries, chosen.forward(q, pair))
             steps.append(chosen)
             pair = coming.wait()
-        result = merge.result()
-        ctx.save_for_backward(q, k, v, result.out, result.lse)
-        ctx.steps, ctx.group = tuple(steps), group
-        ctx.mark_non_differentiable(result.lse)
-        return result.out, result.lse
+        return _kept(ctx, (q, k, v), merge.result(), steps, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -251,11 +261,7 @@ class _AllGather(torch.autograd.Function):
             if chosen is not None:
                 merge.add(block.queries, chosen.forward(q, pair))
                 steps.append(chosen)
-        result = merge.result()
-        ctx.save_for_backward(q, k, v, result.out, result.lse)
-        ctx.steps, ctx.group = tuple(steps), group
-        ctx.mark_non_differentiable(result.lse)
-        return result.out, result.lse
+        return _kept(ctx, (q, k, v), merge.result(), steps, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
