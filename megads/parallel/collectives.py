@@ -100,11 +100,6 @@ def start_reduce_scatter(flat: Tensor, group: Group) -> Pending:
     return Pending(mine, work=_REDUCE_SCATTER(mine, flat, group=group.handle, async_op=True))
 
 
-def reduce_scatter_(flat: Tensor, group: Group) -> Tensor:
-    """Sum a flat tensor of n x size elements over the group; returns this rank's n elements, a view of `flat`."""
-    return start_reduce_scatter(flat, group).wait()
-
-
 def start_all_gather(flat: Tensor, group: Group) -> Pending:
     """Begin to fill a flat tensor of n x size elements with every rank's n, of which this rank's are in place."""
     if group.size == 1:
@@ -113,11 +108,6 @@ def start_all_gather(flat: Tensor, group: Group) -> Pending:
     share = flat.numel() // group.size
     mine = flat[group.rank * share : (group.rank + 1) * share]
     return Pending(flat, work=_ALL_GATHER(flat, mine, group=group.handle, async_op=True))
-
-
-def all_gather_(flat: Tensor, group: Group) -> None:
-    """Fill a flat tensor of n x size elements with every rank's n elements; this rank's are already in place."""
-    start_all_gather(flat, group).wait()
 
 
 def start_gather_sequence(x: Tensor, group: Group) -> Pending:

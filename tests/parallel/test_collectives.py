@@ -9,13 +9,13 @@ import torch
 
 from megads.errors import LayoutError, RankError
 from megads.parallel.collectives import (
-    all_gather_,
     all_reduce_,
     broadcast_,
     copy_to,
     gather_last,
     reduce_from,
-    reduce_scatter_,
+    start_all_gather,
+    start_reduce_scatter,
     start_shift,
 )
 from megads.parallel.control import Control
@@ -30,10 +30,10 @@ def test_plain_collectives() -> None:
         summed = all_reduce_(torch.full((3,), rank + 1.0), group)
         largest = all_reduce_(torch.full((3,), float(rank)), group, op="max")
         flat = torch.arange(4.0 * size) + rank
-        mine = reduce_scatter_(flat, group).clone()
+        mine = start_reduce_scatter(flat, group).wait().clone()
         gathered = torch.zeros(2 * size)
         gathered[2 * rank : 2 * rank + 2] = rank
-        all_gather_(gathered, group)
+        start_all_gather(gathered, group).wait()
         wide = gather_last(torch.full((2, 1), float(rank)), group)
         told = broadcast_(torch.tensor([float(rank)]), group, source=2)
         return [x.tolist() for x in (summed, largest, mine, gathered, wide, told)]
@@ -100,7 +100,7 @@ def test_a_group_of_one_is_the_identity_without_torch_distributed() -> None:
         group = mesh.group(axis)
         assert group.handle is None
         assert all_reduce_(x, group) is x
-        assert reduce_scatter_(x, group).tolist() == [1, 1, 1]
+        assert start_reduce_scatter(x, group).wait().tolist() == [1, 1, 1]
         assert copy_to(x, group) is x
         assert reduce_from(x, group) is x
         assert gather_last(x, group) is x
