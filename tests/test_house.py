@@ -72,6 +72,9 @@ FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "core", "misc
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 100
 # "path" or "path:function" -> (lines, why it may be longer)
+FACES = {
+    "megads/checkpoint/__init__.py": "megads.checkpoint.open is what scripts are promised; it needs no torch"
+}
 LONGER: dict[str, tuple[int, str]] = {}
 
 MAX_ARGUMENTS = 8
@@ -214,7 +217,7 @@ def own_modules_are_imported_at_the_top(source: Source) -> Iterator[Violation]:
 
 
 def packages_are_empty(source: Source) -> Iterator[Violation]:
-    if not source.path.endswith("__init__.py"):
+    if not source.path.endswith("__init__.py") or source.path in FACES:
         return
     for node in source.tree.body:
         text = ast.unparse(node)
