@@ -3,7 +3,8 @@
     count tokens over all ranks -> run the schedule, seeded with weight / count -> engine: reduce, clip, update -> loss
 
 The loss is (sum over ranks) / (count over ranks), so it is the same number under every layout and micro-batch size. So
-is every other term that the gradient is of; what is reported as the loss is the language loss alone.
+is every other term that the gradient is of; what is reported as the loss is the plain language loss alone. With label
+smoothing or a z-loss `trained_loss`, which has them, is trained on instead.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class StepResult:
     Attributes:
         loss: mean over all tokens that count, float64 scalar, the same on every rank.
         num_tokens: tokens that count, over all ranks, float64 scalar.
-        extras: the other terms by name, without their weight: means over all tokens and sources, float64 scalars.
+        extras: the other terms by name, without their weight: means over all tokens (that count, if the term is one of
+            labels) and sources, float64 scalars.
         report: of the optimizer.
         num_stops: ranks that were asked to stop before this step's end, float64 scalar, the same on every rank.
     """
@@ -71,10 +73,8 @@ def train_step(
     num_tokens = count_tokens(batch, mesh).clamp_min(1.0)  # a batch may be masked altogether
     num_positions = batch.tokens.numel() * mesh.group("dp_cp").size
     engine.zero_gradients()
-    seeds = {
-        term.name: engine.loss_scale * term.weight / (num_tokens if term.unit == "label" else num_positions)
-        for term in executor.terms
-    }
+    units: dict[str, Tensor | int] = {"label": num_tokens, "position": num_positions}
+    seeds = {term.name: engine.loss_scale * term.weight / units[term.unit] for term in executor.terms}
     totals = executor.run(batch, seeds=seeds, engine=engine)
     report = engine.step(lr=lr)
     is_asked = stop is not None and stop.is_raised
@@ -82,7 +82,7 @@ def train_step(
     parts = [local_sum(totals, term.name, mesh=mesh, is_cut=term.is_cut) for term in executor.terms]
     loss, *others, num_stops = all_reduce_(torch.stack((*parts, asked)), mesh.group("world")).unbind()
     extras = {
-        term.name: total / (num_positions * term.num_sources)
+        term.name: total / (units[term.unit] * term.num_sources)
         for term, total in zip(executor.terms[1:], others, strict=True)
     }
     return StepResult(loss / num_tokens, num_tokens, extras, report, num_stops)

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from megads.assemble.schedule import placement, schedule_of
+from megads.config.optim import OptimConfig
 from megads.config.root import Config
 from megads.layers.recompute import Memory
 from megads.model.catalog import describe
 from megads.model.decoder import DecoderSpec, make_blocks
+from megads.objective.language import ObjectiveSpec
 from megads.optim.deepspeed_zero import DeepSpeedEngine
 from megads.optim.engine import Engine
 from megads.optim.precision import initial_dtype
@@ -110,7 +112,8 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
     Args:
         vocab: token ids of the tokenizer.
     """
-    spec = describe(config.model, vocab=vocab, sequence_length=config.data.sequence_length)
+    described = describe(config.model, vocab=vocab, sequence_length=config.data.sequence_length)
+    spec = replace(described, objective=objective_of(config.optim))
     scope = Scope(
         mesh,
         initial_dtype(config.optim.precision),
@@ -132,6 +135,11 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
     for parameter in model.parameters:
         fill(parameter, seed=config.run.seed)
     return model
+
+
+def objective_of(optim: OptimConfig) -> ObjectiveSpec:
+    """What is trained on, of the `optim` section."""
+    return ObjectiveSpec(optim.label_smoothing, optim.label_smoothing_kind, optim.z_loss)
 
 
 def build_engine(config: Config, model: Model, *, mesh: Mesh) -> Engine:

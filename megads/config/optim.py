@@ -36,6 +36,15 @@ class OptimConfig:
     """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
     clip: PositiveFloat | None = 1.0
     """Global gradient norm above which all gradients are scaled down; null: no clipping."""
+    label_smoothing: Beta = 0.0
+    """Share of the target distribution that is spread over the vocabulary (Szegedy et al. 2016); 0: none. The reported
+    `loss` stays the plain one, `trained_loss` is what is trained on."""
+    label_smoothing_kind: Literal["torch", "nemo"] = "torch"
+    """Over which ids it is spread. torch: all of them, the label's own too. nemo: all but the label's, as NeMo and
+    Megatron do."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log-sum-exp of the logits in the loss, which keeps it near 0 (PaLM, section 5: 1e-4); 0:
+    none."""
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of weights and activations. bf16 and fp16 keep float32 masters, moments and gradients; fp16 scales the
     loss."""

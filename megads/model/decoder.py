@@ -28,7 +28,7 @@ from megads.layers.recompute import KEEP_ALL, Memory
 from megads.layers.router import MoESpec
 from megads.model.block import Moving, TransformerBlock
 from megads.objective.chunked import Head, chunked_loss
-from megads.objective.language import masked_sum, token_losses
+from megads.objective.language import LANGUAGE, Losses, ObjectiveSpec, token_losses
 from megads.parallel.collectives import gather_last
 from megads.parallel.parameter import Scope
 from megads.pipeline.stage import BlockOutput, Extra, Payload, Term
@@ -58,6 +58,7 @@ class DecoderSpec:
     attention_dropout: float
     init_std: float
     moe: MoESpec | None = None
+    objective: ObjectiveSpec = LANGUAGE
 
     @property
     def num_blocks(self) -> int:
@@ -87,8 +88,10 @@ class DecoderSpec:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """What the loss is a sum of; the language loss is first."""
-        found = [Term("loss", 1.0, "label", num_sources=1, is_cut=False)]
+        """What the loss is a sum of; first the plain language loss, which weighs 0 where another one is trained on."""
+        found = [Term("loss", float(self.objective.is_plain), "label", num_sources=1, is_cut=False)]
+        if not self.objective.is_plain:
+            found.append(Term("trained_loss", 1.0, "label", num_sources=1, is_cut=False))
         if self.moe is not None:
             weights = {"balance_loss": self.moe.balance_weight * self.moe.has_balance_loss}
             weights["z_loss"] = self.moe.z_weight
@@ -152,6 +155,7 @@ class HeadBlock(torch.nn.Module):
         )
         self._group = scope.mesh.group("tp")
         self._vocab = spec.vocab
+        self._weights = spec.objective.weights(spec.vocab)
         self._chunked = (
             None
             if loss_chunk is None
@@ -162,23 +166,30 @@ class HeadBlock(torch.nn.Module):
                 is_sequence_parallel=scope.sequence_parallel,
                 queue=scope.queue,
                 chunk=loss_chunk,
+                weights=self._weights,
             )
         )
 
     def forward(self, payload: Payload, batch: Batch) -> BlockOutput:
         (hidden,) = payload
         if self._chunked is not None:
-            loss = chunked_loss(self.norm(hidden), batch, head=self._chunked)
-            return BlockOutput((), (Extra("loss", loss, batch.mask.sum()),))
+            return self._output(chunked_loss(self.norm(hidden), batch, head=self._chunked), batch)
         logits = self.output(self.norm(hidden)).transpose(0, 1)  # [batch, seq, vocab_local]
         losses = token_losses(
             logits.flatten(0, 1),
             batch.labels.flatten(),
             columns=self.output.columns,
             group=self._group,
+            weights=self._weights,
         )
-        mask = batch.mask.flatten()
-        return BlockOutput((), (Extra("loss", masked_sum(losses, mask), mask.sum()),))
+        return self._output(losses.sum(batch.mask.flatten()), batch)
+
+    def _output(self, sums: Losses, batch: Batch) -> BlockOutput:
+        count = batch.mask.sum()
+        extras = [Extra("loss", sums.plain, count)]
+        if sums.trained is not sums.plain:
+            extras.append(Extra("trained_loss", sums.trained, count))
+        return BlockOutput((), tuple(extras))
 
     def logits(self, payload: Payload) -> Tensor:
         """(hidden,) -> [batch, seq, vocab] over the whole vocabulary, on every tensor-parallel rank (no gradient)."""

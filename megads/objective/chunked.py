@@ -18,15 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megads.data.sequence import Batch
-from megads.objective.language import masked_sum
-from megads.ops.cross_entropy import Columns, local_gradient, local_maximum, local_sums, wide_dtype
+from megads.objective.language import Losses, token_sums
+from megads.ops.cross_entropy import PLAIN, Columns, LossWeights, local_gradient, wide_dtype
 from megads.ops.product import add_product_
-from megads.parallel.collectives import (
-    all_reduce_,
-    start_all_reduce,
-    start_gather_sequence,
-    start_scatter_sequence,
-)
+from megads.parallel.collectives import start_all_reduce, start_gather_sequence, start_scatter_sequence
 from megads.parallel.mesh import Group
 from megads.parallel.weight_queue import WeightQueue, gradient_of
 
@@ -42,6 +37,7 @@ class Head:
         is_sequence_parallel: whether hidden states come cut along the sequence over the same ranks.
         queue: runs the weight's gradient.
         chunk: tokens whose logits exist at a time.
+        weights: of what is trained on (`ObjectiveSpec.weights`).
     """
 
     weight: Tensor
@@ -50,49 +46,57 @@ class Head:
     is_sequence_parallel: bool
     queue: WeightQueue
     chunk: int
+    weights: LossWeights = PLAIN
 
 
 class _HeadLoss(torch.autograd.Function):
-    """[seq, batch, hidden] or [seq / n, batch, hidden] -> sum of the losses that count."""
+    """[seq, batch, hidden] or [seq / n, batch, hidden] -> sums of the losses that count: trained, plain."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, batch: Batch, head: Head, has_backward: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         whole = start_gather_sequence(hidden, head.group).wait() if head.is_sequence_parallel else hidden
         x = whole.flatten(0, 1)  # [tokens, hidden]
         labels, mask = batch.labels.T.flatten(), batch.mask.T.flatten()  # [tokens]
-        total = torch.zeros((), dtype=wide_dtype(x), device=x.device)
+        trained, plain = torch.zeros((2,), dtype=wide_dtype(x), device=x.device).unbind()
         dx = torch.empty_like(x) if has_backward else None
         dweight = torch.zeros_like(weight, dtype=gradient_of(weight).dtype) if has_backward else None
         for start in range(0, x.shape[0], head.chunk):
             rows = slice(start, start + head.chunk)
             logits = F.linear(x[rows], weight)  # [chunk, vocab_local]
-            maximum = all_reduce_(local_maximum(logits, head.columns), head.group, op="max")
-            parts = local_sums(logits, labels[rows], maximum=maximum, columns=head.columns)
-            sums = all_reduce_(torch.stack((parts.exponentials, parts.target)), head.group)
-            lse = maximum + sums[0].log()
-            total += masked_sum(lse - sums[1], mask[rows])
+            found = token_sums(
+                logits, labels[rows], columns=head.columns, group=head.group, weights=head.weights
+            )
+            sums = found.losses.sum(mask[rows])
+            trained, plain = trained + sums.trained, plain + sums.plain
             if dx is not None and dweight is not None:
-                scale = mask[rows].to(lse.dtype)
-                dlogits = local_gradient(logits, labels[rows], lse=lse, scale=scale, columns=head.columns)
+                dlogits = local_gradient(
+                    logits,
+                    labels[rows],
+                    lse=found.lse,
+                    scale=mask[rows].to(found.lse.dtype),
+                    columns=head.columns,
+                    weights=head.weights,
+                )
                 torch.mm(dlogits, weight, out=dx[rows])
                 add_product_(dweight, dy=dlogits, x=x[rows])
         if dx is not None and dweight is not None:
             sum_over = start_scatter_sequence if head.is_sequence_parallel else start_all_reduce
             ctx.save_for_backward(sum_over(dx.view_as(whole), head.group).wait(), dweight)
         ctx.weight, ctx.queue = weight, head.queue
-        return total
+        ctx.mark_non_differentiable(plain)
+        return trained, plain
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (seed,), (dx, dweight), weight = gradients, ctx.saved_tensors, ctx.weight
+        seed, (dx, dweight), weight = gradients[0], ctx.saved_tensors, ctx.weight
         ctx.queue.put(lambda: gradient_of(weight).add_(dweight.mul_(seed)), weight)
         return dx * seed, None, None, None, None
 
 
-def chunked_loss(hidden: Tensor, batch: Batch, *, head: Head) -> Tensor:
-    """Sum of the cross entropies, in nats, of the tokens of `batch` that count: a scalar, alike on all ranks.
+def chunked_loss(hidden: Tensor, batch: Batch, *, head: Head) -> Losses:
+    """Sums of the losses of the tokens of `batch` that count: scalars, alike on all ranks.
 
     Args:
         hidden: what the head is applied to: [seq, batch, hidden], or [seq / n, batch, hidden] with sequence
@@ -101,7 +105,7 @@ def chunked_loss(hidden: Tensor, batch: Batch, *, head: Head) -> Tensor:
     Returns:
         float32 (float64 for float64 hidden states).
     """
-    total: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+    trained, plain = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, batch, head, torch.is_grad_enabled()
     )
-    return total
+    return Losses(trained if head.weights.is_plain else plain, trained)

@@ -41,7 +41,10 @@ def finish(steps: Steps[T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """One term of the loss: its sum over this micro-batch and how many summands it has (both scalars)."""
+    """One term of the loss: its sum over this micro-batch and how many summands it has (both scalars).
+
+    A sum without a gradient is reported and not trained on.
+    """
 
     name: str
     sum: Tensor
@@ -180,12 +183,13 @@ class Stage:
         parts = self._saved.pop(micro_batch)
         while parts:
             saved = parts.pop()
-            roots = [*saved.edges, *(get_gradient_edge(e.sum) for e in saved.extras)]
-            flows = [*gradients, *(seeds[e.name].to(e.sum.dtype) for e in saved.extras)]
+            trained = [e for e in saved.extras if e.sum.requires_grad]
+            roots = [*saved.edges, *(get_gradient_edge(e.sum) for e in trained)]
+            flows = [*gradients, *(seeds[e.name].to(e.sum.dtype) for e in trained)]
             with self._queue.deferring(self.number, micro_batch) if defers else nullcontext():
                 torch.autograd.backward(roots, flows)
             gradients = tuple(t.grad for t in saved.inputs if t.grad is not None)
-            del saved, roots, flows
+            del saved, trained, roots, flows
             yield
         if not defers:
             self._live.remove(micro_batch)

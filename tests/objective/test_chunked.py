@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megads.data.sequence import Batch
 from megads.objective.chunked import Head, chunked_loss
+from megads.objective.language import ObjectiveSpec
 from megads.ops.cross_entropy import Columns
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import build_mesh
@@ -20,6 +21,7 @@ from tests.ranks import run_ranks
 SEQ, ROWS, HIDDEN, VOCAB = 12, 2, 5, 11
 TOKENS = SEQ * ROWS
 SEED = 0.03
+PLAIN = ObjectiveSpec()
 
 
 def make_batch() -> Batch:
@@ -43,12 +45,15 @@ def make_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def reference() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reference(objective: ObjectiveSpec = PLAIN) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """torch's sum of losses and its gradients, times SEED."""
     hidden, weight = (t.requires_grad_() for t in make_inputs(torch.float64))
     batch = make_batch()
     logits = F.linear(hidden, weight).transpose(0, 1).flatten(0, 1)
-    losses = F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+    losses = F.cross_entropy(
+        logits, batch.labels.flatten(), reduction="none", label_smoothing=objective.label_smoothing
+    )
+    losses = losses + objective.z_loss * logits.logsumexp(dim=-1).square()
     total = losses[batch.mask.flatten()].sum()
     return total.detach(), *torch.autograd.grad(SEED * total, (hidden, weight))
 
@@ -57,10 +62,12 @@ def close(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> bool:
     return bool((found.double() - wanted).norm() <= bound * wanted.norm())
 
 
+@pytest.mark.parametrize("objective", [PLAIN, ObjectiveSpec(label_smoothing=0.2, z_loss=1e-2)], ids=str)
 @pytest.mark.parametrize("chunk", [1, 7, TOKENS, 1000])
 @pytest.mark.parametrize(("size", "is_cut"), [(1, False), (2, False), (2, True), (4, True)])
-def test_loss_and_gradients_are_torchs(size: int, is_cut: bool, chunk: int) -> None:
-    total, d_hidden, d_weight = reference()
+def test_loss_and_gradients_are_torchs(size: int, is_cut: bool, chunk: int, objective: ObjectiveSpec) -> None:
+    plain, *_ = reference()
+    total, d_hidden, d_weight = reference(objective)
     share = -(-VOCAB // size)
 
     def work(rank: int, size: int) -> Any:
@@ -73,18 +80,28 @@ def test_loss_and_gradients_are_torchs(size: int, is_cut: bool, chunk: int) -> N
         mine = hidden.chunk(size)[rank].clone() if is_cut else hidden.clone()
         mine.requires_grad_()
         queue = WeightQueue()
-        head = Head(parameter, columns, group, is_sequence_parallel=is_cut, queue=queue, chunk=chunk)
-        loss = chunked_loss(mine, make_batch(), head=head)
+        head = Head(
+            parameter,
+            columns,
+            group,
+            is_sequence_parallel=is_cut,
+            queue=queue,
+            chunk=chunk,
+            weights=objective.weights(VOCAB),
+        )
+        losses = chunked_loss(mine, make_batch(), head=head)
+        assert (losses.plain is losses.trained) is objective.is_plain
         with queue.deferring(0, 0):
-            loss.backward(torch.tensor(SEED, dtype=torch.float64))
+            losses.trained.backward(torch.tensor(SEED, dtype=torch.float64))
         assert parameter.grad is not None
         early = bool(parameter.grad.any())
         queue.run(0, 0)
-        return loss.detach(), mine.grad, parameter.grad[: columns.count], early
+        sums = torch.stack((losses.trained, losses.plain)).detach()
+        return sums, mine.grad, parameter.grad[: columns.count], early
 
     results = run_ranks(work, size)
-    for loss, gradient, _, early in results:
-        assert close(loss, total, 1e-13)
+    for sums, gradient, _, early in results:
+        assert close(sums, torch.stack((total, plain)), 1e-13)
         assert not early  # the weight's gradient waits for W
         if not is_cut:
             assert close(gradient, d_hidden, 1e-13)
@@ -117,7 +134,7 @@ def test_logits_of_a_chunk_alone_exist(dtype: torch.dtype) -> None:
     group = build_mesh(Layout(), 0).group("tp")
     head = Head(parameter, Columns(0, VOCAB), group, is_sequence_parallel=False, queue=WeightQueue(), chunk=6)
     with Largest() as mode:
-        loss = chunked_loss(hidden.requires_grad_(), make_batch(), head=head)
+        loss = chunked_loss(hidden.requires_grad_(), make_batch(), head=head).trained
         loss.backward()
     assert max(mode.found.values()) == TOKENS * HIDDEN  # hidden states; logits would be TOKENS x VOCAB
     total, d_hidden, d_weight = reference()
@@ -134,6 +151,6 @@ def test_evaluation_makes_no_gradient() -> None:
     parameter = torch.nn.Parameter(weight)
     head = Head(parameter, Columns(0, VOCAB), group, is_sequence_parallel=False, queue=WeightQueue(), chunk=6)
     with torch.no_grad():
-        loss = chunked_loss(hidden, make_batch(), head=head)
+        loss = chunked_loss(hidden, make_batch(), head=head).plain
     assert close(loss, reference()[0], 1e-13)
     assert parameter.grad is None
