@@ -97,6 +97,7 @@ class Model:
     seq: int = SEQ
     documents: bool = False  # attention stays inside of them, positions restart
     overrides: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)  # what the objective is, say
 
 
 def make_config(model: Model, case: Case, *, precision: str) -> Config:
@@ -128,6 +129,7 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
             zero_stage=case.zero,
             engine=case.engine,
             bucket_elements=case.bucket,
+            **model.optim,
         ),
         parallel=ParallelConfig(
             tensor=case.tensor,
