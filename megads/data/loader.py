@@ -194,7 +194,7 @@ def read_span(corpus: Corpus, *, start: int, stop: int, packing: Packing, reads_
         tokens = np.zeros(stop - start + 1, dtype=np.uint16)
     counts = corpus.read_mask(start + 1, stop - start).view(np.bool_) if corpus.has_mask else None
     starts = np.empty(0, dtype=np.int64)
-    if packing.document_mask:
+    if packing.document_mask or packing.depth:
         starts = corpus.tokens.document_starts(start, stop) - start
     return Span(tokens, starts, counts)
 

@@ -15,6 +15,12 @@ causal work. A row of 8 tokens over 2 ranks:
 
     rank 0        t0 t1 .  .  .  .  t6 t7
     rank 1        .  .  t2 t3 t4 t5 .  .
+
+Multi-token prediction asks at depth k for the token k places later, and for its label. Both are looked up in whole rows
+and never beyond the document or the span of the column; what is not there is token 0, and its label does not count:
+
+    depth 1       t1 t2 t3 .  .  .      a span t0 t1 t2 t3, and a document that begins in the next one
+    its labels    t2 t3 t4 .  .  .      each with the mask of the column that it is the label of
 """
 
 from __future__ import annotations
@@ -49,6 +55,22 @@ def context_columns(rank: int, *, size: int, length: int) -> tuple[range, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Ahead:
+    """What stands `k` places after each column of a row, for k = 1 .. depth: all are [batch, depth, seq]."""
+
+    tokens: Tensor
+    """int64; 0 where the column's document or span ends before"""
+    labels: Tensor
+    """int64, the labels of those tokens"""
+    mask: Tensor
+    """bool, True where such a label is there and counts in the loss"""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Ahead:
+        """With every tensor changed."""
+        return Ahead(change(self.tokens), change(self.labels), change(self.mask))
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Rows of one optimizer step; the same frozen object on every floor."""
 
@@ -69,6 +91,8 @@ class Batch:
     """Optimizer step, from 1"""
     columns: Tensor | None = None
     """[seq] int64, place in the row of each token that is here; None: the rows are whole"""
+    ahead: Ahead | None = None
+    """Later tokens for multi-token prediction; None: nobody asks for them"""
 
     @property
     def places(self) -> Tensor:
@@ -76,6 +100,36 @@ class Batch:
         if self.columns is not None:
             return self.columns
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)
+
+    def look_ahead(self, parts: Tensor, *, depth: int) -> Batch:
+        """These whole rows with what stands up to `depth` places after each column.
+
+        Args:
+            parts: [batch, seq], equal for columns of a row that belong to one text.
+        """
+        rows, seq = self.tokens.shape
+        sources = (self.tokens, self.labels, self.mask)
+        later = [x.new_zeros(rows, depth, seq) for x in sources]
+        for places in range(1, min(depth + 1, seq)):
+            is_same = parts[:, places:] == parts[:, :-places]
+            for found, x in zip(later, sources, strict=True):
+                found[:, places - 1, :-places] = x[:, places:] * is_same
+        return replace(self, ahead=Ahead(*later))
+
+    def at_depth(self, depth: int) -> Batch:
+        """The batch of multi-token prediction at a depth, from 1: tokens, labels and mask of `depth` places later.
+
+        Raises:
+            DataError: nobody looked so far ahead when the batch was made.
+        """
+        if self.ahead is None or depth > self.ahead.tokens.shape[1]:
+            raise DataError(
+                "the batch holds no tokens for multi-token prediction",
+                found="none" if self.ahead is None else f"{self.ahead.tokens.shape[1]} places ahead",
+                allowed=f"{depth} places ahead (Packing.depth)",
+            )
+        later = self.ahead.map(lambda x: x[:, depth - 1])
+        return replace(self, tokens=later.tokens, labels=later.labels, mask=later.mask, ahead=None)
 
     def context_part(self, rank: int, size: int) -> Batch:
         """What context-parallel rank `rank` of `size` has of these whole rows.
@@ -90,7 +144,7 @@ class Batch:
         parts = context_columns(rank, size=size, length=self.tokens.shape[1])
 
         def cut(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor[:, part.start : part.stop] for part in parts], dim=1)
+            return torch.cat([tensor[..., part.start : part.stop] for part in parts], dim=-1)
 
         columns = torch.cat([torch.arange(part.start, part.stop) for part in parts])
         return replace(
@@ -100,6 +154,7 @@ class Batch:
             mask=cut(self.mask),
             positions=cut(self.positions),
             columns=columns.to(self.tokens.device),
+            ahead=None if self.ahead is None else self.ahead.map(cut),
         )
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -126,6 +181,7 @@ class Batch:
             mask=change(self.mask),
             positions=change(self.positions),
             samples=change(self.samples),
+            ahead=None if self.ahead is None else self.ahead.map(change),
         )
 
 
@@ -141,6 +197,8 @@ class Packing:
     """Attention stays inside a document, positions restart with it"""
     eod_mask_loss: bool = False
     """What follows an end-of-document token is not counted in the loss"""
+    depth: int = 0
+    """How many places ahead multi-token prediction looks"""
 
     def __post_init__(self) -> None:
         if self.eod_mask_loss and self.eod is None:
@@ -158,7 +216,7 @@ class Span:
     tokens: NDArray[np.integer]
     """[count + 1]; the last is only a label"""
     starts: NDArray[np.int64]
-    """Places in 0..count-1 where a document begins; ignored without document_mask"""
+    """Places in 0..count-1 where a document begins; only document_mask and depth need it"""
     counts: NDArray[np.bool_] | None = None
     """[count] whether the label at a place counts in the loss; None: all do"""
 
@@ -189,13 +247,14 @@ def pack(
     if packing.eod_mask_loss:
         mask &= tokens != packing.eod
     places = np.arange(sequence_length, dtype=np.int64)
+    parts = torch.from_numpy(np.cumsum(begins, axis=1, dtype=np.int64) - 1)
     if packing.document_mask:
-        document_ids = torch.from_numpy(np.cumsum(begins, axis=1, dtype=np.int64) - 1)
+        document_ids = parts
         positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
     else:
         document_ids = None
         positions = np.tile(places, (len(rows), 1))
-    return Batch(
+    batch = Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         mask=torch.from_numpy(mask),
@@ -204,3 +263,4 @@ def pack(
         samples=torch.arange(first_sample, first_sample + len(rows), dtype=torch.int64),
         step=step,
     )
+    return batch.look_ahead(parts, depth=packing.depth) if packing.depth else batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ def span(*tokens: int, starts: tuple[int, ...] = ()) -> Span:
     return Span(np.array(tokens, dtype=np.uint16), np.array(starts, dtype=np.int64))
 
 
-def packed(*rows: list[Span], length: int = 6, **options: bool) -> Batch:
+def packed(*rows: list[Span], length: int = 6, **options: Any) -> Batch:
     packing = Packing(vocab_size=100, eod=EOD, **options)
     return pack(rows, packing, sequence_length=length, first_sample=4, step=7)
 
@@ -128,3 +130,55 @@ def test_document_ids_stay_on_the_host() -> None:
     assert batch.columns is not None
     assert batch.document_ids.device.type == "cpu"
     assert {x.device.type for x in (batch.tokens, batch.mask, batch.samples, batch.columns)} == {"meta"}
+
+
+def test_what_stands_ahead_stops_where_a_document_or_a_span_ends() -> None:
+    """Silent bugs 3 and T2: a shift of the packed row would predict the next document of this one."""
+    row = [span(1, 2, 3, EOD, 11, 12, 13, starts=(4,)), span(21, 22, 23, 24)]
+    for document_mask in (False, True):
+        batch = packed(row, [span(1, 2, 3)], length=9, document_mask=document_mask, depth=2)
+        near, far = batch.at_depth(1), batch.at_depth(2)
+        assert batch.labels[0].tolist() == [2, 3, EOD, 11, 12, 13, 22, 23, 24]
+        assert near.tokens.tolist() == [[2, 3, EOD, 0, 12, 0, 22, 23, 0], [2] + [0] * 8]
+        assert near.labels.tolist() == [[3, EOD, 11, 0, 13, 0, 23, 24, 0], [3] + [0] * 8]
+        assert near.mask.tolist() == [[label > 0 for label in labels] for labels in near.labels.tolist()]
+        assert far.tokens.tolist() == [[3, EOD, 0, 0, 0, 0, 23, 0, 0], [0] * 9]
+        assert far.labels.tolist() == [[EOD, 11, 0, 0, 0, 0, 24, 0, 0], [0] * 9]
+        assert torch.equal(near.positions, batch.positions)
+        assert near.document_ids is batch.document_ids
+
+
+def test_a_label_ahead_counts_where_it_counts_as_the_next_token() -> None:
+    """A conversation: answers alone count, whoever predicts them; and nobody predicts what follows an EOD."""
+    answers = np.array([False, False, True, True, False, True])
+    chat = Span(np.array([1, 2, 3, 4, 5, 6, 7], np.uint16), np.empty(0, np.int64), answers)
+    batch = packed([chat], depth=3)
+    for depth in (1, 2, 3):
+        expected = answers[depth:].tolist() + [False] * depth
+        assert batch.at_depth(depth).mask.tolist() == [expected]
+    batch = packed([span(1, 2, EOD, 4, 5, 6, 7)], depth=1, eod_mask_loss=True)  # its start was not said
+    assert batch.at_depth(1).mask.tolist() == [[True, False, True, True, True, False]]
+
+
+def test_what_stands_ahead_was_looked_up_in_whole_rows() -> None:
+    """Context parts and micro-batches are cut of it; a shift of what a rank has would be wrong at every cut."""
+    batch = packed([span(*range(1, 14), starts=(7,))], [span(*range(20, 33))], length=12, depth=2)
+    for rank in range(3):
+        part = batch.context_part(rank, 3)
+        for depth in (1, 2):
+            whole, cut = batch.at_depth(depth), part.at_depth(depth)
+            for field in ("tokens", "labels", "mask"):
+                assert torch.equal(getattr(cut, field), getattr(whole, field)[:, part.places]), field
+                one = getattr(part.rows(1, 2).to(torch.device("cpu")).at_depth(depth), field)
+                assert torch.equal(one, getattr(cut, field)[1:])
+            assert cut.columns is part.columns
+    with pytest.raises(DataError, match="2 places ahead"):
+        batch.at_depth(3)
+    with pytest.raises(DataError, match="multi-token prediction"):
+        packed([span(1, 2)]).at_depth(1)
+
+
+def test_more_places_than_columns_hold_nothing() -> None:
+    batch = packed([span(1, 2, 3)], length=2, depth=4)
+    assert batch.at_depth(1).labels.tolist() == [[3, 0]]
+    assert not any(batch.at_depth(depth).mask.any() for depth in (2, 3, 4))
