@@ -16,7 +16,8 @@ from torch import Tensor
 from megads.checkpoint import hf
 from megads.data.sequence import Batch
 from megads.errors import CheckpointError
-from megads.model.decoder import DecoderSpec, HeadBlock, make_blocks
+from megads.model.decoder import HeadBlock, make_blocks
+from megads.model.spec import DecoderSpec
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import build_mesh
 from megads.parallel.parameter import Scope, parameter_table, stored_name

@@ -33,7 +33,7 @@ from megads.data.segment import Segment, tokens_by
 from megads.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_file
 from megads.data.tokenizer_json import tokenizer_json
 from megads.errors import CheckpointError, DataError
-from megads.model.catalog import HUGGING_FACE, describe
+from megads.model.catalog import HUGGING_FACE, complete, describe
 from megads.parallel.shard import Box, ShardSpec
 
 BESIDE_TOKENIZER = (
@@ -75,9 +75,11 @@ def export_hf(
     store = store or Store()
     reader = _open(source, store)
     config = _config_of(reader)
-    spec = describe(config.model, vocab=config.model.vocab or 1, sequence_length=config.data.sequence_length)
+    sequence_length = config.data.sequence_length
+    model = complete(config.model, vocab=config.model.vocab or 1, sequence_length=sequence_length)
+    spec = describe(model, vocab=1, sequence_length=sequence_length)
     family, parameters = HUGGING_FACE[config.model.family], declared(spec)
-    sizes = family.to_config(spec)
+    sizes = family.to_config(model)
     _check_step(reader, parameters)
     entries = hf.match(family.rows, parameters)
     kept = dtype or _common_dtype(reader, parameters)

@@ -32,7 +32,7 @@ from megads.config.load import dump, load_text
 from megads.data.tokenizer import open_tokenizer
 from megads.errors import CheckpointError
 from megads.model.catalog import HUGGING_FACE, describe
-from megads.model.decoder import DecoderSpec
+from megads.model.spec import DecoderSpec
 from megads.optim.precision import initial_dtype
 from megads.parallel.control import Control
 from megads.parallel.parameter import Piece

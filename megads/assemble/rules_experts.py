@@ -114,13 +114,25 @@ def groups_have_two_experts(config: Config, world_size: int) -> Finding | None:
 
 def some_layers_have_experts(config: Config, world_size: int) -> Finding | None:
     model = config.model
-    if model.experts is None or model.dense_layers < model.layers:
+    if model.experts is None or model.expert_layers:
+        return None
+    shown = model.dense_layers if isinstance(model.dense_layers, int) else list(model.dense_layers)
+    return Finding(
+        "model.dense_layers",
+        f"{shown} of model.layers {model.layers}: no layer has experts",
+        f"at most {model.layers - 1}",
+        "model.experts=null makes every layer dense",
+    )
+
+
+def dense_layers_exist(config: Config, world_size: int) -> Finding | None:
+    model = config.model
+    if isinstance(model.dense_layers, int) or max(model.dense_layers) < model.layers:
         return None
     return Finding(
         "model.dense_layers",
-        f"{model.dense_layers} of model.layers {model.layers}: no layer has experts",
-        f"at most {model.layers - 1}",
-        "model.experts=null makes every layer dense",
+        f"{list(model.dense_layers)}: there is no layer {max(model.dense_layers)} among {model.layers}",
+        f"numbers from 0 to {model.layers - 1}",
     )
 
 
@@ -224,6 +236,7 @@ RULES: tuple[Rule, ...] = (
     experts_suffice_for_token,
     groups_have_two_experts,
     some_layers_have_experts,
+    dense_layers_exist,
     balance_has_weight,
     experts_fill_expert_ranks,
     expert_grid_fills_stage,

@@ -80,18 +80,28 @@ def heads_share_kv_heads(config: Config, world_size: int) -> Finding | None:
 
 def hidden_fills_heads(config: Config, world_size: int) -> Finding | None:
     hidden, heads = config.model.hidden, config.model.heads
-    if hidden % heads == 0:
+    if config.model.head_dim is not None or hidden % heads == 0:
         return None
     return Finding(
         "model.hidden",
         f"{hidden}; {hidden} / model.heads {heads} = {hidden / heads:.6g} for one head",
         f"a multiple of {heads}: {multiples(hidden, heads)}",
+        "or name the width of a head: model.head_dim",
     )
 
 
 def rotary_head_is_even(config: Config, world_size: int) -> Finding | None:
-    hidden, heads = config.model.hidden, config.model.heads
-    if config.model.family == "gpt" or hidden % heads or hidden // heads % 2 == 0:
+    hidden, heads, head_dim = config.model.hidden, config.model.heads, config.model.head_dim
+    if config.model.family == "gpt":
+        return None
+    if head_dim is not None:
+        is_odd = head_dim % 2 == 1
+        return (
+            Finding("model.head_dim", f"{head_dim}, odd; rotary positions turn pairs", "an even number")
+            if is_odd
+            else None
+        )
+    if hidden % heads or hidden // heads % 2 == 0:
         return None
     return Finding(
         "model.hidden",

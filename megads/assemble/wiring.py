@@ -14,8 +14,9 @@ from megads.assemble.schedule import placement, schedule_of
 from megads.config.optim import OptimConfig
 from megads.config.root import Config
 from megads.layers.recompute import Memory
-from megads.model.catalog import describe
-from megads.model.decoder import DecoderSpec, make_blocks
+from megads.model.catalog import complete, describe
+from megads.model.decoder import make_blocks
+from megads.model.spec import DecoderSpec
 from megads.objective.language import ObjectiveSpec
 from megads.optim.deepspeed_zero import DeepSpeedEngine
 from megads.optim.engine import Engine
@@ -203,21 +204,7 @@ def build_executors(config: Config, model: Model, *, mesh: Mesh) -> Executors:
 
 def resolved(config: Config, spec: DecoderSpec) -> Config:
     """The config with the family's defaults written out, as it is saved with the run."""
-    model = replace(
-        config.model,
-        kv_heads=spec.kv_heads,
-        ffn=spec.ffn,
-        vocab=spec.vocab,
-        max_positions=spec.max_positions,
-        tied=spec.tied,
-        norm_eps=spec.norm_eps,
-    )
-    if spec.moe is not None:
-        model = replace(
-            model,
-            expert_ffn=spec.moe.ffn,
-            group_score=spec.moe.group_score,
-            balance_weight=spec.moe.balance_weight,
-        )
+    length = config.data.sequence_length
+    model = complete(config.model, vocab=spec.vocab, sequence_length=length)
     data = replace(config.data, page=config.data.page or config.data.sequence_length)
     return replace(config, model=model, data=data)

@@ -68,7 +68,7 @@ class Family:
         rows: one for each tensor that a model of the family can have.
         ignored: patterns of Hugging Face tensors that are constants, not weights.
         prefix: part of the names that older files leave out.
-        to_config: the family's `DecoderSpec` -> what config.json says about it.
+        to_config: the config section `model`, nothing left open -> what config.json says about it.
         from_config: config.json -> the config section `model`, without `family`.
     """
 

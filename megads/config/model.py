@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from annotated_types import MinLen
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megads.config.section import section
@@ -22,9 +23,11 @@ class ModelConfig:
     hidden: PositiveInt
     """Width of the residual stream."""
     heads: PositiveInt
-    """Number of query heads; `model.hidden` must be a multiple of it."""
+    """Number of query heads; `model.hidden` must be a multiple of it, unless `model.head_dim` is given."""
     kv_heads: PositiveInt | None = None
     """Number of key/value heads (grouped-query attention); null: one for each query head."""
+    head_dim: PositiveInt | None = None
+    """Width of one attention head; null: `model.hidden` / `model.heads`."""
     ffn: PositiveInt | None = None
     """Width of the feed-forward layer; null: 4 x hidden (gpt), 8/3 x hidden rounded up to a multiple of 256 (llama)."""
     vocab: PositiveInt | None = None
@@ -35,8 +38,8 @@ class ModelConfig:
     """Whether the output head shares the embedding's weight; null: true for gpt, false for llama."""
     norm_eps: PositiveFloat | None = None
     """Constant under the square root of the norms; null: 1e-5 (gpt), 1e-6 (llama)."""
-    rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary frequencies (rotary families)."""
+    rope_theta: PositiveFloat | None = None
+    """Base of the rotary frequencies (rotary families); null: 10000 (llama)."""
     experts: PositiveInt | None = None
     """Number of experts of a layer (SwiGLU families); null: every layer is dense."""
     experts_per_token: PositiveInt = 2
@@ -45,8 +48,9 @@ class ModelConfig:
     """Width of one expert; null: `model.ffn`."""
     shared_experts: NonNegativeInt = 0
     """Experts that every token passes beside those it is routed to: one MLP of this many times `model.expert_ffn`."""
-    dense_layers: NonNegativeInt = 0
-    """First layers that have a dense feed-forward layer in place of experts."""
+    dense_layers: NonNegativeInt | Annotated[tuple[NonNegativeInt, ...], MinLen(1)] = 0
+    """Layers that have a dense feed-forward layer in place of experts: how many at the start, or a list of their
+    numbers (the first is 0)."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """How a router's logits become scores."""
     renormalise: bool = False
@@ -80,3 +84,11 @@ class ModelConfig:
     """Standard deviation of initial weights; projections back into the residual stream get it divided by
     sqrt(2 x layers).
     """
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have experts."""
+        if self.experts is None:
+            return ()
+        dense = range(self.dense_layers) if isinstance(self.dense_layers, int) else self.dense_layers
+        return tuple(number for number in range(self.layers) if number not in dense)

@@ -6,6 +6,8 @@ How the columns of other context-parallel ranks are met lives in `context.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,17 +15,46 @@ from megads.data.sequence import Batch
 from megads.layers.context import context_attention
 from megads.layers.dropout import AttentionDropout
 from megads.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megads.layers.norm import RMSNorm
 from megads.layers.recompute import Origin
-from megads.ops.rope import rotary, rotary_angles
+from megads.ops.rope import RopeSpec, rotary, rotary_angles
 from megads.parallel.parameter import Scope
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Everything that defines grouped-query attention; numbers are global.
+
+    Attributes:
+        heads, kv_heads: of queries, and of keys and values.
+        head_dim: width of one head; heads x head_dim need not be the width of the residual stream.
+        qkv_bias, out_bias: whether the projections add a bias.
+        qk_norm_eps: of an RMSNorm over each head of q and k, before they turn, its weight shared by all heads; None:
+            there is none.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm_eps: float | None = None
+
+    def projection_cost(self, hidden: int) -> int:
+        """Multiply-adds of one token in the projections."""
+        return hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+
+    @property
+    def pair_cost(self) -> int:
+        """Multiply-adds of one query with one key and its value, over all heads."""
+        return 2 * self.heads * self.head_dim
 
 
 class SelfAttention(torch.nn.Module):
     """Causal self-attention.
 
     Args:
-        heads, kv_heads: global numbers of query and key/value heads.
-        rope_theta: base of the rotary frequencies; None: no rotation (positions were added before).
+        rope: how positions turn q and k; None: not (positions were added before).
         init_std, output_std: deviation of the initial input and output projections.
     """
 
@@ -32,29 +63,39 @@ class SelfAttention(torch.nn.Module):
         scope: Scope,
         hidden: int,
         *,
-        heads: int,
-        kv_heads: int,
-        rope_theta: float | None,
+        spec: AttentionSpec,
+        rope: RopeSpec | None,
         dropout: float,
         init_std: float,
         output_std: float,
-        has_bias: bool,
     ) -> None:
         super().__init__()
-        self._dim = hidden // heads
+        self._dim = dim = spec.head_dim
         tp_size = scope.mesh.group("tp").size
-        self._num_local = (heads // tp_size, kv_heads // tp_size)
+        self._num_local = (spec.heads // tp_size, spec.kv_heads // tp_size)
         self._context = scope.mesh.group("cp")
         self._context_kind = scope.context_kind
-        self._rope_theta = rope_theta
-        blocks = (heads * self._dim, kv_heads * self._dim, kv_heads * self._dim)
+        self._rope = rope
         self.qkv = ColumnParallelLinear(
-            scope.child("qkv"), hidden, blocks=blocks, init_std=init_std, has_bias=has_bias
+            scope.child("qkv"),
+            hidden,
+            blocks=(spec.heads * dim, spec.kv_heads * dim, spec.kv_heads * dim),
+            init_std=init_std,
+            has_bias=spec.qkv_bias,
         )
+        self.q_norm = self._head_norm(scope.child("q_norm"), spec)
+        self.k_norm = self._head_norm(scope.child("k_norm"), spec)
         self.out = RowParallelLinear(
-            scope.child("out"), heads * self._dim, hidden, init_std=output_std, has_bias=has_bias
+            scope.child("out"), spec.heads * dim, hidden, init_std=output_std, has_bias=spec.out_bias
         )
-        self.dropout = AttentionDropout(scope.child("dropout"), dropout, num_heads=heads)
+        self.dropout = AttentionDropout(scope.child("dropout"), dropout, num_heads=spec.heads)
+
+    @staticmethod
+    def _head_norm(scope: Scope, spec: AttentionSpec) -> RMSNorm | None:
+        """Each rank norms its own heads, so its gradient is a part of the sum."""
+        if spec.qk_norm_eps is None:
+            return None
+        return RMSNorm(scope, spec.head_dim, eps=spec.qk_norm_eps, partial=("tp",))
 
     def forward(self, x: Tensor, batch: Batch, *, origin: Origin | None = None) -> Tensor:
         """With the origin of x, that is kept for the backward in its place."""
@@ -68,8 +109,10 @@ class SelfAttention(torch.nn.Module):
             part.view(seq, rows, -1, self._dim).permute(1, 2, 0, 3)  # [batch, local heads, seq, dim]
             for part in fused.split(widths, dim=-1)
         )
-        if self._rope_theta is not None:
-            angles = rotary_angles(batch.positions, dim=self._dim, theta=self._rope_theta)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self._rope is not None:
+            angles = rotary_angles(batch.positions, self._rope, dim=self._dim)
             q, k = rotary(q, angles), rotary(k, angles)
             v = v.contiguous()  # as a part of `fused` it would keep q and k as they were before
         attended = context_attention(

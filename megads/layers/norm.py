@@ -13,13 +13,20 @@ from megads.parallel.shard import Init, ShardSpec
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm over the last dim."""
+    """RMSNorm over the last dim.
 
-    def __init__(self, scope: Scope, hidden: int, *, eps: float) -> None:
+    Args:
+        partial: axes whose ranks each norm only a part of what the weight is for; None: as the sequence is cut.
+    """
+
+    def __init__(
+        self, scope: Scope, hidden: int, *, eps: float, partial: tuple[str, ...] | None = None
+    ) -> None:
         super().__init__()
         self._eps = eps
+        axes = scope.partial if partial is None else partial
         self.weight = scope.parameter(
-            "weight", ShardSpec((hidden,), init=Init("ones"), partial=scope.partial, decay=False)
+            "weight", ShardSpec((hidden,), init=Init("ones"), partial=axes, decay=False)
         )
 
     def forward(self, x: Tensor) -> Tensor:

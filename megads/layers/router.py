@@ -46,7 +46,6 @@ class MoESpec:
         experts, per_token: of a layer, and those that a token goes to.
         ffn: width of one expert.
         shared_ffn: width of the MLP that every token passes beside them; 0: none.
-        dense_layers: first layers that have no experts.
         scores: how logits become scores.
         renormalises: whether the gates of a token are divided by their sum.
         scaling: what gates are multiplied by.
@@ -63,7 +62,6 @@ class MoESpec:
     per_token: int
     ffn: int
     shared_ffn: int
-    dense_layers: int
     scores: Literal["softmax", "sigmoid"]
     renormalises: bool
     scaling: float

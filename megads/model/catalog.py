@@ -1,27 +1,46 @@
-"""Family name -> what the family makes of a config, and what Hugging Face calls it."""
+"""Family name -> the family; from a config to the model that it means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from megads.checkpoint.hf import Family
 from megads.config.model import ModelConfig
 from megads.model import gpt, llama
-from megads.model.decoder import DecoderSpec
+from megads.model.family import ModelFamily
+from megads.model.spec import DecoderSpec
 
-FAMILIES: Mapping[str, Callable[..., DecoderSpec]] = MappingProxyType(
-    {"gpt": gpt.describe, "llama": llama.describe}
+FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({"gpt": gpt.GPT, "llama": llama.LLAMA})
+
+HUGGING_FACE: Mapping[str, Family] = MappingProxyType(
+    {name: family.hugging_face for name, family in FAMILIES.items()}
 )
 
-HUGGING_FACE: Mapping[str, Family] = MappingProxyType({"gpt": gpt.HUGGING_FACE, "llama": llama.HUGGING_FACE})
 
-
-def describe(config: ModelConfig, *, vocab: int, sequence_length: int) -> DecoderSpec:
-    """The model that `config` means, nothing left open.
+def complete(
+    config: ModelConfig,
+    *,
+    vocab: int,
+    sequence_length: int,
+    families: Mapping[str, ModelFamily] = FAMILIES,
+) -> ModelConfig:
+    """The config with every key that it leaves open written out as its family has it.
 
     Args:
         vocab: token ids of the tokenizer; used where the config names no size.
         sequence_length: tokens of one sample; used for learned positions where the config names no number.
     """
-    return FAMILIES[config.family](config, vocab=config.vocab or vocab, sequence_length=sequence_length)
+    return families[config.family].complete(config, vocab=vocab, sequence_length=sequence_length)
+
+
+def describe(
+    config: ModelConfig,
+    *,
+    vocab: int,
+    sequence_length: int,
+    families: Mapping[str, ModelFamily] = FAMILIES,
+) -> DecoderSpec:
+    """The model that `config` means, nothing left open; arguments as of `complete`."""
+    whole = complete(config, vocab=vocab, sequence_length=sequence_length, families=families)
+    return families[config.family].describe(whole)

@@ -3,15 +3,13 @@
     stage payload     ()      ->  (hidden,)  ->  ...  ->  (hidden,)   ->  ()
     block           embedding     layers.0       layers.N-1      head        extras: ("loss", sum, count)
 
-What a family is, is a `DecoderSpec`; families differ in data, not in classes.
+What a model is, is a `DecoderSpec` (spec.py); families differ in data, not in classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,90 +23,15 @@ from megads.layers.moe import MixtureOfExperts
 from megads.layers.norm import LayerNorm, RMSNorm
 from megads.layers.offload import Offload
 from megads.layers.recompute import KEEP_ALL, Memory
-from megads.layers.router import MoESpec
 from megads.model.block import Moving, TransformerBlock
+from megads.model.spec import DecoderSpec
 from megads.objective.chunked import Head, chunked_loss
-from megads.objective.language import LANGUAGE, Losses, ObjectiveSpec, token_losses
+from megads.objective.language import Losses, token_losses
 from megads.parallel.collectives import gather_last
 from megads.parallel.parameter import Scope
-from megads.pipeline.stage import BlockOutput, Extra, Payload, Term
+from megads.pipeline.stage import BlockOutput, Extra, Payload
 
 TIED_NAME = "embedding.word.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderSpec:
-    """Everything that defines a decoder-only transformer; sizes are global, nothing is left open."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-    positions: Literal["learned", "rotary"]
-    max_positions: int
-    rope_theta: float
-    norm: Literal["layer", "rms"]
-    norm_eps: float
-    activation: Literal["gelu", "swiglu"]
-    has_bias: bool
-    tied: bool
-    dropout: float
-    attention_dropout: float
-    init_std: float
-    moe: MoESpec | None = None
-    objective: ObjectiveSpec = LANGUAGE
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that a pipeline can deal: embedding, layers, head."""
-        return self.layers + 2
-
-    @property
-    def block_costs(self) -> tuple[float, ...]:
-        """Multiply-adds of one token in the matrix products of each block, the weights' part; of experts those it
-        goes to.
-        """
-        width = self.hidden // self.heads * (self.heads + 2 * self.kv_heads)
-        projections = self.hidden * (width + self.hidden)
-        dense = self.hidden * self.ffn * (3 if self.activation == "swiglu" else 2)
-        mlps = [dense] * (self.layers - len(self.expert_layers))
-        if self.moe is not None:
-            active = 3 * (self.moe.per_token * self.moe.ffn + self.moe.shared_ffn) + self.moe.experts
-            mlps += [self.hidden * active] * len(self.expert_layers)
-        return (0.0, *(float(projections + mlp) for mlp in mlps), float(self.vocab * self.hidden))
-
-    @property
-    def expert_layers(self) -> range:
-        """Numbers of the layers that have experts."""
-        return (
-            range(self.layers, self.layers) if self.moe is None else range(self.moe.dense_layers, self.layers)
-        )
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """What the loss is a sum of; first the plain language loss, which weighs 0 where another one is trained on."""
-        found = [Term("loss", float(self.objective.is_plain), "label", num_sources=1, is_cut=False)]
-        if not self.objective.is_plain:
-            found.append(Term("trained_loss", 1.0, "label", num_sources=1, is_cut=False))
-        if self.moe is not None:
-            weights = {"balance_loss": self.moe.balance_weight * self.moe.has_balance_loss}
-            weights["z_loss"] = self.moe.z_weight
-            num_layers = len(self.expert_layers)
-            found += [
-                Term(name, weight, "position", num_sources=num_layers, is_cut=True)
-                for name, weight in weights.items()
-                if weight
-            ]
-        return tuple(found)
-
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Flops of forward and backward for one token: 6 x weights in products + 6 L h s (causal attention).
-
-        As in Narayanan et al. 2021 (eq. 3) without recompute, with the causal half of the attention products.
-        """
-        return 6.0 * sum(self.block_costs) + 6.0 * self.layers * self.hidden * sequence_length
 
 
 class EmbeddingBlock(torch.nn.Module):
@@ -124,7 +47,7 @@ class EmbeddingBlock(torch.nn.Module):
             PositionEmbedding(
                 scope.child("position"), spec.max_positions, spec.hidden, init_std=spec.init_std
             )
-            if spec.positions == "learned"
+            if spec.rope is None
             else None
         )
         self.dropout = HiddenDropout(scope.child("dropout"), spec.dropout)
@@ -209,26 +132,28 @@ def make_layer(
 ) -> TransformerBlock:
     """One transformer layer. Projections back into the residual stream start smaller, by sqrt(2 x layers)."""
     output_std = spec.init_std / (2 * spec.layers) ** 0.5
-    attention = SelfAttention(
-        scope.child("attention"),
-        spec.hidden,
-        heads=spec.heads,
-        kv_heads=spec.kv_heads,
-        rope_theta=spec.rope_theta if spec.positions == "rotary" else None,
-        dropout=spec.attention_dropout,
-        init_std=spec.init_std,
-        output_std=output_std,
-        has_bias=spec.has_bias,
-    )
     return TransformerBlock(
         scope,
-        attention=attention,
+        attention=make_attention(scope.child("attention"), spec, output_std=output_std),
         mlp=make_mlp(scope.child("mlp"), spec, number=number, output_std=output_std, memory=memory),
         attention_norm=make_norm(scope.child("attention_norm"), spec),
         mlp_norm=make_norm(scope.child("mlp_norm"), spec),
         dropout=spec.dropout,
         memory=memory,
         moving=moving,
+    )
+
+
+def make_attention(scope: Scope, spec: DecoderSpec, *, output_std: float) -> torch.nn.Module:
+    """The attention of a layer."""
+    return SelfAttention(
+        scope,
+        spec.hidden,
+        spec=spec.attention,
+        rope=spec.rope,
+        dropout=spec.attention_dropout,
+        init_std=spec.init_std,
+        output_std=output_std,
     )
 
 
@@ -253,7 +178,7 @@ def make_mlp(
         spec.ffn,
         init_std=spec.init_std,
         output_std=output_std,
-        has_bias=spec.has_bias,
+        has_bias=spec.mlp_bias,
         keeps_activation=not memory.recomputes("activation"),
     )
 

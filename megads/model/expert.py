@@ -1,6 +1,8 @@
-"""What the keys of a config make of experts, and the terms of the loss that a model has."""
+"""What the keys of a config make of experts."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from megads.config.model import ModelConfig
 from megads.layers.router import MoESpec
@@ -8,30 +10,38 @@ from megads.layers.router import MoESpec
 DEFAULT_BALANCE_WEIGHT = 0.001
 
 
-def describe_experts(config: ModelConfig, *, ffn: int) -> MoESpec | None:
-    """The experts that `config` means, nothing left open; None: a dense model.
+def complete_experts(config: ModelConfig) -> ModelConfig:
+    """The config with the keys of experts written out that it leaves open; as it is, if it has none."""
+    if config.experts is None:
+        return config
+    default_weight = 0.0 if config.balance in ("none", "bias") else DEFAULT_BALANCE_WEIGHT
+    return replace(
+        config,
+        expert_ffn=config.expert_ffn or config.ffn,
+        group_score=config.group_score or ("max" if config.router == "softmax" else "top2"),
+        balance_weight=default_weight if config.balance_weight is None else config.balance_weight,
+    )
 
-    Args:
-        ffn: width of a dense layer, and of an expert where the config names none.
-    """
+
+def describe_experts(config: ModelConfig) -> MoESpec | None:
+    """The experts that a complete config means; None: a dense model."""
     if config.experts is None:
         return None
-    expert_ffn = config.expert_ffn or ffn
-    default_weight = 0.0 if config.balance in ("none", "bias") else DEFAULT_BALANCE_WEIGHT
+    if config.expert_ffn is None or config.group_score is None or config.balance_weight is None:
+        raise ValueError("the config is not complete: catalog.complete")
     return MoESpec(
         experts=config.experts,
         per_token=config.experts_per_token,
-        ffn=expert_ffn,
-        shared_ffn=config.shared_experts * expert_ffn,
-        dense_layers=config.dense_layers,
+        ffn=config.expert_ffn,
+        shared_ffn=config.shared_experts * config.expert_ffn,
         scores=config.router,
         renormalises=config.renormalise,
         scaling=config.routed_scaling,
         groups=config.expert_groups,
         groups_per_token=config.groups_per_token,
-        group_score=config.group_score or ("max" if config.router == "softmax" else "top2"),
+        group_score=config.group_score,
         balance=config.balance,
-        balance_weight=default_weight if config.balance_weight is None else config.balance_weight,
+        balance_weight=config.balance_weight,
         bias_rate=config.bias_rate,
         z_weight=config.z_loss,
         capacity=config.capacity,

@@ -3,59 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from megads.checkpoint.hf import Family, Row, require
 from megads.config.model import ModelConfig
 from megads.errors import CheckpointError
-from megads.model.decoder import DecoderSpec
+from megads.model.family import ModelFamily, grouped_attention
 
 
-def describe(config: ModelConfig, *, vocab: int, sequence_length: int) -> DecoderSpec:
-    """A GPT-2 model of the sizes in `config`; what it leaves open is GPT-2's."""
-    return DecoderSpec(
-        layers=config.layers,
-        hidden=config.hidden,
-        heads=config.heads,
-        kv_heads=config.kv_heads or config.heads,
-        ffn=config.ffn or 4 * config.hidden,
-        vocab=vocab,
-        positions="learned",
-        max_positions=config.max_positions or sequence_length,
-        rope_theta=config.rope_theta,
-        norm="layer",
-        norm_eps=config.norm_eps or 1e-5,
-        activation="gelu",
-        has_bias=True,
-        tied=True if config.tied is None else config.tied,
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        init_std=config.init_std,
-    )
-
-
-def _to_hugging_face(spec: DecoderSpec) -> dict[str, Any]:
-    if spec.kv_heads != spec.heads:
+def _to_hugging_face(model: ModelConfig) -> dict[str, Any]:
+    if model.kv_heads != model.heads or model.hidden != model.heads * (model.head_dim or 0):
         raise CheckpointError(
-            "GPT-2 in transformers has no grouped queries",
-            found=f"model.kv_heads {spec.kv_heads} of {spec.heads} heads",
+            "GPT-2 in transformers has neither grouped queries nor heads of another width than hidden / heads",
+            found=f"model.kv_heads {model.kv_heads} of {model.heads} heads, model.head_dim {model.head_dim}",
             allowed="model.family llama for grouped queries",
         )
     return {
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": spec.vocab,
-        "n_positions": spec.max_positions,
-        "n_embd": spec.hidden,
-        "n_layer": spec.layers,
-        "n_head": spec.heads,
-        "n_inner": spec.ffn,
+        "vocab_size": model.vocab,
+        "n_positions": model.max_positions,
+        "n_embd": model.hidden,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "n_inner": model.ffn,
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": spec.norm_eps,
-        "embd_pdrop": spec.dropout,
-        "resid_pdrop": spec.dropout,
-        "attn_pdrop": spec.attention_dropout,
-        "initializer_range": spec.init_std,
-        "tie_word_embeddings": spec.tied,
+        "layer_norm_epsilon": model.norm_eps,
+        "embd_pdrop": model.dropout,
+        "resid_pdrop": model.dropout,
+        "attn_pdrop": model.attention_dropout,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tied,
     }
 
 
@@ -106,4 +85,15 @@ HUGGING_FACE = Family(
     prefix="transformer.",
     to_config=_to_hugging_face,
     from_config=_from_hugging_face,
+)
+
+GPT = ModelFamily(
+    hugging_face=HUGGING_FACE,
+    defaults=MappingProxyType({"norm_eps": 1e-5, "tied": True}),
+    ffn=lambda hidden: 4 * hidden,
+    attention=partial(grouped_attention, qkv_bias=True, out_bias=True),
+    rope=None,
+    norm="layer",
+    activation="gelu",
+    mlp_bias=True,
 )

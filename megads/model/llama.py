@@ -5,86 +5,64 @@ queries.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from megads.checkpoint.hf import Family, Row, require
 from megads.config.model import ModelConfig
 from megads.errors import CheckpointError
-from megads.model.decoder import DecoderSpec
-from megads.model.expert import describe_experts
+from megads.model.family import ModelFamily
 
 FFN_MULTIPLE = 256
 
 
-def describe(config: ModelConfig, *, vocab: int, sequence_length: int) -> DecoderSpec:
-    """A Llama model of the sizes in `config`; what it leaves open is Llama's."""
-    ffn = -(-(8 * config.hidden) // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
-    return DecoderSpec(
-        layers=config.layers,
-        hidden=config.hidden,
-        heads=config.heads,
-        kv_heads=config.kv_heads or config.heads,
-        ffn=config.ffn or ffn,
-        vocab=vocab,
-        positions="rotary",
-        max_positions=config.max_positions or sequence_length,
-        rope_theta=config.rope_theta,
-        norm="rms",
-        norm_eps=config.norm_eps or 1e-6,
-        activation="swiglu",
-        has_bias=False,
-        tied=bool(config.tied),
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        init_std=config.init_std,
-        moe=describe_experts(config, ffn=config.ffn or ffn),
-    )
+def swiglu_width(hidden: int) -> int:
+    """8/3 hidden, rounded up to a multiple of 256 (Touvron et al. 2023, section 2.2)."""
+    return -(-(8 * hidden) // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
 
 
-def _to_hugging_face(spec: DecoderSpec) -> dict[str, Any]:
-    if spec.moe is not None:
+def _to_hugging_face(model: ModelConfig) -> dict[str, Any]:
+    if model.experts is not None:
         raise CheckpointError(
             "Llama in transformers has no experts",
-            found=f"model.experts {spec.moe.experts}",
+            found=f"model.experts {model.experts}",
             allowed="dense models",
             do="keep the checkpoint as it is: megads trains, evaluates and generates from it",
         )
     return {
         "architectures": ["LlamaForCausalLM"],
-        "vocab_size": spec.vocab,
-        "max_position_embeddings": spec.max_positions,
-        "hidden_size": spec.hidden,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads,
-        "head_dim": spec.hidden // spec.heads,
-        "intermediate_size": spec.ffn,
+        "vocab_size": model.vocab,
+        "max_position_embeddings": model.max_positions,
+        "hidden_size": model.hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.ffn,
         "hidden_act": "silu",
-        "rms_norm_eps": spec.norm_eps,
-        "rope_theta": spec.rope_theta,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
         "attention_bias": False,
         "mlp_bias": False,
-        "attention_dropout": spec.attention_dropout,
-        "initializer_range": spec.init_std,
-        "tie_word_embeddings": spec.tied,
+        "attention_dropout": model.attention_dropout,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tied,
     }
 
 
 def _from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     require(config, "hidden_act", allowed=("silu",), default="silu")
     require(config, "attention_bias", allowed=(False,), default=False)
     require(config, "mlp_bias", allowed=(False,), default=False)
     require(config, "rope_scaling", allowed=(None,), default=None)
     rope = config.get("rope_parameters") or {}  # transformers 5 keeps theta in here
     require(rope, "rope_type", allowed=("default",), default="default")
-    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        require(config, "head_dim", allowed=(None, hidden // heads), default=None)
     return {
         "layers": config.get("num_hidden_layers"),
-        "hidden": hidden,
-        "heads": heads,
+        "hidden": config.get("hidden_size"),
+        "heads": config.get("num_attention_heads"),
         "kv_heads": config.get("num_key_value_heads"),
+        "head_dim": config.get("head_dim"),
         "ffn": config.get("intermediate_size"),
         "vocab": config.get("vocab_size"),
         "max_positions": config.get("max_position_embeddings"),
@@ -117,4 +95,10 @@ HUGGING_FACE = Family(
     prefix="model.",
     to_config=_to_hugging_face,
     from_config=_from_hugging_face,
+)
+
+LLAMA = ModelFamily(
+    hugging_face=HUGGING_FACE,
+    defaults=MappingProxyType({"norm_eps": 1e-6, "rope_theta": 10000.0, "tied": False}),
+    ffn=swiglu_width,
 )

@@ -14,7 +14,7 @@ import time
 import torch
 
 from megads.assemble.step import StepResult
-from megads.model.decoder import DecoderSpec
+from megads.model.spec import DecoderSpec
 
 # dense bf16 peaks of the vendors' data sheets, by a part of the device's name
 CPU_SECONDS = 0.3  # for which the matrix product is timed

@@ -95,6 +95,7 @@ def _model(model: ModelConfig, configs: Sequence[Config]) -> ModelConfig:
         heads=num_heads,
         kv_heads=None if model.kv_heads is None else kv_heads,
         hidden=num_heads * HEAD_DIM,
+        head_dim=None if model.head_dim in (None, model.hidden // model.heads) else HEAD_DIM + 2,
         ffn=_odd_multiple(tensor, FFN),
         vocab=VOCAB,
         max_positions=None,
@@ -126,7 +127,7 @@ def _experts(model: ModelConfig, degree: int, tensor: int) -> ModelConfig:
         groups_per_token=chosen,
         expert_ffn=_odd_multiple(tensor, EXPERT_FFN),
         shared_experts=min(model.shared_experts, 1),
-        dense_layers=min(model.dense_layers, 1),
+        dense_layers=min(model.dense_layers, 1) if isinstance(model.dense_layers, int) else (1,),
     )
 
 

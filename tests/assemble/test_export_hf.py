@@ -197,7 +197,7 @@ def forget_transpose(name: str) -> Callable[[hf.Family], hf.Family]:
 
 def config_says(**values: object) -> Callable[[hf.Family], hf.Family]:
     def change(family: hf.Family) -> hf.Family:
-        return replace(family, to_config=lambda spec: {**family.to_config(spec), **values})
+        return replace(family, to_config=lambda model: {**family.to_config(model), **values})
 
     return change
 

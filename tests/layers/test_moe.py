@@ -20,7 +20,7 @@ from megads.parallel.parameter import Scope, parameter_table
 
 SEQ, ROWS, HIDDEN = 7, 3, 12
 SOFTMAX = MoESpec(
-    experts=8, per_token=2, ffn=10, shared_ffn=0, dense_layers=0, scores="softmax", renormalises=False, scaling=1.0,
+    experts=8, per_token=2, ffn=10, shared_ffn=0, scores="softmax", renormalises=False, scaling=1.0,
     groups=1, groups_per_token=1, group_score="max", balance="none", balance_weight=0.0, bias_rate=0.125,
     z_weight=0.0, capacity=None,
 )  # fmt: skip

@@ -23,7 +23,7 @@ from megads.ops.attention import ATTENTION, attention
 from megads.ops.grouped import GROUPED
 from megads.ops.norm import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 from megads.ops.registry import Op, force
-from megads.ops.rope import rotary, rotary_angles
+from megads.ops.rope import RopeSpec, rotary, rotary_angles
 from tests.ops.ring import attend_gathered, attend_in_ring
 
 # error norm over reference norm; torch adds some 16-bit weight gradients up in 16 bits, our kernels add in fp32
@@ -194,7 +194,7 @@ def _draw_rotary(shape: Shape) -> tuple[Tensor, ...]:
 
 
 def _run_rotary(x: Tensor, positions: Tensor) -> tuple[Tensor]:
-    return (rotary(x, rotary_angles(positions, dim=x.shape[-1], theta=1e4)),)
+    return (rotary(x, rotary_angles(positions, RopeSpec(1e4), dim=x.shape[-1])),)
 
 
 def _define_rotary(x: Tensor, positions: Tensor) -> tuple[Tensor]:

@@ -87,7 +87,7 @@ def layer_rows(
 ) -> list[list[str]]:
     """A whole layer, forward and backward, by implementation of its products."""
     spec = MoESpec(
-        experts=shape.experts, per_token=shape.per_token, ffn=shape.ffn, shared_ffn=0, dense_layers=0,
+        experts=shape.experts, per_token=shape.per_token, ffn=shape.ffn, shared_ffn=0,
         scores="softmax", renormalises=True, scaling=1.0, groups=1, groups_per_token=1, group_score="max",
         balance="sequence", balance_weight=1e-3, bias_rate=1e-3, z_weight=0.0, capacity=None,
     )  # fmt: skip

@@ -1,0 +1,111 @@
+"""What a family is: data. Defaults of the config, the few traits that no key says, and Hugging Face's names.
+
+    ModelConfig, keys left open --complete--> ModelConfig, none left open --describe--> DecoderSpec
+
+The trunk is written once (decoder.py), and so is the way from a config to it; a family's file fills a `ModelFamily`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from megads.checkpoint.hf import Family
+from megads.config.model import ModelConfig
+from megads.layers.attention import AttentionSpec
+from megads.model.expert import complete_experts, describe_experts
+from megads.model.spec import DecoderSpec
+from megads.ops.rope import RopeSpec
+
+T = TypeVar("T")
+
+
+def grouped_attention(
+    config: ModelConfig, *, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False
+) -> AttentionSpec:
+    """Grouped-query attention of the sizes in a complete config; its head norms have the eps of the others."""
+    return AttentionSpec(
+        heads=config.heads,
+        kv_heads=_known(config.kv_heads),
+        head_dim=_known(config.head_dim),
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        qk_norm_eps=config.norm_eps if qk_norm else None,
+    )
+
+
+def rotary_positions(config: ModelConfig) -> RopeSpec:
+    """Half-split rotary positions of a complete config."""
+    return RopeSpec(_known(config.rope_theta))
+
+
+def _known(value: T | None) -> T:
+    """A value of a complete config."""
+    if value is None:
+        raise ValueError("the config is not complete: catalog.complete")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily:
+    """A model family.
+
+    Attributes:
+        hugging_face: its names there.
+        defaults: keys of section `model` that a config leaves null -> values; what is the same in all families (one
+            key/value head a query head, ...) need not stand here.
+        ffn: hidden -> width of a dense feed-forward layer where the config names none.
+        attention: a complete config -> its attention.
+        rope: a complete config -> how positions turn queries and keys; None: positions are learned.
+        norm, activation, mlp_bias: as in `DecoderSpec`.
+    """
+
+    hugging_face: Family
+    ffn: Callable[[int], int]
+    defaults: Mapping[str, object]
+    attention: Callable[[ModelConfig], AttentionSpec] = grouped_attention
+    rope: Callable[[ModelConfig], RopeSpec] | None = rotary_positions
+    norm: Literal["layer", "rms"] = "rms"
+    activation: Literal["gelu", "swiglu"] = "swiglu"
+    mlp_bias: bool = False
+
+    def complete(self, config: ModelConfig, *, vocab: int, sequence_length: int) -> ModelConfig:
+        """The config with every key that it leaves open written out.
+
+        Args:
+            vocab: token ids of the tokenizer; used where the config names no size.
+            sequence_length: tokens of one sample; used for learned positions where the config names no number.
+        """
+        general: dict[str, Any] = {
+            "kv_heads": config.heads,
+            "head_dim": config.hidden // config.heads,
+            "ffn": self.ffn(config.hidden),
+            "vocab": vocab,
+            "max_positions": sequence_length,
+        }
+        found = {**general, **self.defaults}
+        is_open = {key: value for key, value in found.items() if getattr(config, key) is None}
+        return complete_experts(replace(config, **is_open))
+
+    def describe(self, config: ModelConfig) -> DecoderSpec:
+        """The model that a complete config means."""
+        return DecoderSpec(
+            layers=config.layers,
+            hidden=config.hidden,
+            vocab=_known(config.vocab),
+            attention=self.attention(config),
+            rope=None if self.rope is None else self.rope(config),
+            max_positions=_known(config.max_positions),
+            ffn=_known(config.ffn),
+            activation=self.activation,
+            mlp_bias=self.mlp_bias,
+            norm=self.norm,
+            norm_eps=_known(config.norm_eps),
+            tied=_known(config.tied),
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            init_std=config.init_std,
+            moe=describe_experts(config),
+            expert_layers=config.expert_layers,
+        )

@@ -1,0 +1,92 @@
+"""What a decoder is: sizes and parts with nothing left open, what they cost, and the terms of its loss.
+
+    config --complete, describe (catalog.py)--> DecoderSpec --make_blocks (decoder.py)--> modules
+
+Families differ in what they put here (family.py). No modules here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megads.layers.attention import AttentionSpec
+from megads.layers.router import MoESpec
+from megads.objective.language import LANGUAGE, ObjectiveSpec
+from megads.ops.rope import RopeSpec
+from megads.pipeline.stage import Term
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """Everything that defines a decoder-only transformer; sizes are global, nothing is left open.
+
+    Attributes:
+        rope: how positions turn queries and keys; None: a learned embedding of `max_positions` is added.
+        ffn: width of a dense feed-forward layer.
+        mlp_bias: whether its projections add a bias.
+        expert_layers: numbers of the layers that have experts; empty without `moe`.
+        objective: what is trained on beside the plain language loss.
+    """
+
+    layers: int
+    hidden: int
+    vocab: int
+    attention: AttentionSpec
+    rope: RopeSpec | None
+    max_positions: int
+    ffn: int
+    activation: Literal["gelu", "swiglu"]
+    mlp_bias: bool
+    norm: Literal["layer", "rms"]
+    norm_eps: float
+    tied: bool
+    dropout: float
+    attention_dropout: float
+    init_std: float
+    moe: MoESpec | None = None
+    expert_layers: tuple[int, ...] = ()
+    objective: ObjectiveSpec = LANGUAGE
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that a pipeline can deal: embedding, layers, head."""
+        return self.layers + 2
+
+    @property
+    def block_costs(self) -> tuple[float, ...]:
+        """Multiply-adds of one token in the matrix products of each block, the weights' part; of experts those it
+        goes to.
+        """
+        projections = self.attention.projection_cost(self.hidden)
+        dense = self.hidden * self.ffn * (3 if self.activation == "swiglu" else 2)
+        moe, routed = self.moe, 0
+        if moe is not None:
+            routed = self.hidden * (3 * (moe.per_token * moe.ffn + moe.shared_ffn) + moe.experts)
+        mlps = (routed if number in self.expert_layers else dense for number in range(self.layers))
+        return (0.0, *(float(projections + mlp) for mlp in mlps), float(self.vocab * self.hidden))
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """What the loss is a sum of; first the plain language loss, which weighs 0 where another one is trained on."""
+        found = [Term("loss", float(self.objective.is_plain), "label", num_sources=1, is_cut=False)]
+        if not self.objective.is_plain:
+            found.append(Term("trained_loss", 1.0, "label", num_sources=1, is_cut=False))
+        if self.moe is not None:
+            weights = {"balance_loss": self.moe.balance_weight * self.moe.has_balance_loss}
+            weights["z_loss"] = self.moe.z_weight
+            num_layers = len(self.expert_layers)
+            found += [
+                Term(name, weight, "position", num_sources=num_layers, is_cut=True)
+                for name, weight in weights.items()
+                if weight
+            ]
+        return tuple(found)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Flops of forward and backward for one token: 6 x weights in products + 6 L h s (causal attention).
+
+        As in Narayanan et al. 2021 (eq. 3) without recompute, with the causal half of the attention products.
+        """
+        pairs = self.layers * self.attention.pair_cost * sequence_length / 2  # multiply-adds of one token
+        return 6.0 * (sum(self.block_costs) + pairs)
