@@ -1,7 +1,9 @@
 """Linear layers cut over the tensor-parallel axis, with their communication.
 
-    column   W [out, in] cut along out:  y_r = x W_r^T         x replicated, y cut
-    row      W [out, in] cut along in:   y = sum_r x_r W_r^T   x cut, y replicated; bias added once, after the sum
+    column       W [out, in] cut along out:  y_r = x W_r^T         x replicated, y cut
+    row          W [out, in] cut along in:   y = sum_r x_r W_r^T   x cut, y replicated; bias added once, after the sum
+    replicated   W [out, in] on every rank:  y = x W^T             x and y replicated, or cut along the sequence: no
+                                                                   communication, dW is then a part of the sum
 
                       forward                    backward of x                 backward of W
     column            .                          all-reduce, under way while   dy^T x
@@ -190,6 +192,21 @@ class _Row(torch.autograd.Function):
             return dx, None, None, None
 
 
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, queue: WeightQueue, origin: Origin | None) -> Tensor:
+        _keep(ctx, x, origin)
+        ctx.weight, ctx.queue = weight, queue
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), x, weight = gradients, _kept(ctx), ctx.weight
+        with torch.no_grad():
+            ctx.queue.put(lambda: add_weight_gradient(weight, dy=dy, x=x()), weight)
+            return dy @ weight, None, None, None
+
+
 def column_product(
     x: Tensor, weight: Tensor, *, bias: Tensor | None, scope: Scope, origin: Origin | None = None
 ) -> Tensor:
@@ -251,3 +268,20 @@ class RowParallelLinear(torch.nn.Module):
         """With an origin, that is kept for the backward in the place of x."""
         y: Tensor = _Row.apply(x, self.weight, self._cutting, origin)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """[..., in] -> x W^T, [..., out], W the same on every tensor-parallel rank.
+
+    x is what layers meet between regions: whole and the same on all ranks, or [seq / n, batch, in].
+    """
+
+    def __init__(self, scope: Scope, in_features: int, out_features: int, *, init_std: float) -> None:
+        super().__init__()
+        self._queue = scope.queue
+        spec = ShardSpec((out_features, in_features), init=Init("normal", init_std), partial=scope.partial)
+        self.weight = scope.parameter("weight", spec)
+
+    def forward(self, x: Tensor, origin: Origin | None = None) -> Tensor:
+        """With an origin, that is kept for the backward in the place of x."""
+        return _Replicated.apply(x, self.weight, self._queue, origin)  # type: ignore[no-untyped-call,no-any-return]
