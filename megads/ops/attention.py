@@ -29,7 +29,14 @@ from torch import Tensor
 from megads.ops import attention_cuda
 from megads.ops.attention_call import Call, collapse, expand, whole
 from megads.ops.attention_call import Dropout as Dropout
-from megads.ops.attention_dense import Gradients, Kernel, dense_implementation, empty_output, wide
+from megads.ops.attention_dense import (
+    Gradients,
+    Kernel,
+    dense_implementation,
+    empty_output,
+    wide,
+    with_even_values,
+)
 from megads.ops.registry import Implementation, Op
 
 
@@ -169,7 +176,7 @@ def _flash_cpu_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
     return (
         q.device.type == "cpu"
         and q.dtype in (torch.bfloat16, torch.float32, torch.float64)
-        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] >= v.shape[-1]
         and call.dropout is None
     )
 
@@ -183,7 +190,9 @@ ATTENTION = Op(
     (
         *attention_cuda.IMPLEMENTATIONS,
         dense_implementation(
-            "flash_cpu", Kernel(_flash_cpu_forward, _flash_cpu_backward), accepts=_flash_cpu_accepts
+            "flash_cpu",
+            with_even_values(Kernel(_flash_cpu_forward, _flash_cpu_backward)),
+            accepts=_flash_cpu_accepts,
         ),
         Implementation("plain", _plain_forward, _always, _plain_backward),
     ),

@@ -8,8 +8,8 @@
 Each is a pair forward(q, k, v, call) -> (out, lse) and backward(q, k, v, call, out, lse, dout) -> (dq, dk, dv), all
 [batch, heads, seq, dim] of any strides with the last dim contiguous, lse [batch, heads, seq] fp32. out and lse of the
 backward may be those of more keys than the call has (ring attention). Fewer key/value heads than query heads need no
-copy, but in `efficient`. cudnn also takes q, k of 192 with v of 128. cudnn plans each new shape for 0.1 s, so it never
-gets the odd ones of documents.
+copy, but in `efficient`. cudnn also takes q, k of 192 with v of 128; for flash such values are filled up with zeros.
+cudnn plans each new shape for 0.1 s, so it never gets the odd ones of documents.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megads.ops.attention_call import Call, collapse, expand
-from megads.ops.attention_dense import Gradients, Kernel, dense_implementation
+from megads.ops.attention_dense import (
+    Gradients,
+    Kernel,
+    dense_implementation,
+    fill_values,
+    with_even_values,
+)
 from megads.ops.registry import Implementation
 
 HALF = (torch.bfloat16, torch.float16)
@@ -68,12 +74,13 @@ def _flash_varlen_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
 def _flash_varlen_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Causal attention inside each document by flash attention over sequences of unequal length."""
     bounds = _device_bounds(call, q.device)
+    batch, heads, seq, dim = q.shape
+    values = _tokens(fill_values(v, dim))
     out, lse = torch.ops.aten._flash_attention_forward(
-        *(_tokens(q), _tokens(k), _tokens(v), bounds, bounds, call.longest, call.longest, 0.0, True, False),
+        *(_tokens(q), _tokens(k), values, bounds, bounds, call.longest, call.longest, 0.0, True, False),
         scale=call.scale,
     )[:2]
-    batch, heads, seq, _ = q.shape
-    return _rows(out, batch), lse.view(heads, batch, seq).transpose(0, 1).contiguous()
+    return _rows(out, batch)[..., : v.shape[-1]], lse.view(heads, batch, seq).transpose(0, 1).contiguous()
 
 
 def _flash_varlen_backward(
@@ -81,14 +88,15 @@ def _flash_varlen_backward(
 ) -> Gradients:
     """Its gradients."""
     bounds = _device_bounds(call, q.device)
+    values, made, flow = (fill_values(x, q.shape[-1]) for x in (v, out, dout))
     gradients = torch.ops.aten._flash_attention_backward(
-        *(_tokens(dout), _tokens(q), _tokens(k), _tokens(v), _tokens(out)),
+        *(_tokens(flow), _tokens(q), _tokens(k), _tokens(values), _tokens(made)),
         *(lse.transpose(0, 1).flatten(1).contiguous(), bounds, bounds, call.longest, call.longest, 0.0, True),
         *_no_random(q),
         scale=call.scale,
     )
     dq, dk, dv = (_rows(gradient, q.shape[0]) for gradient in gradients)
-    return dq, dk, dv
+    return dq, dk, dv[..., : v.shape[-1]]
 
 
 def _flash_accepts(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
@@ -152,7 +160,7 @@ def _is_on_gpu(q: Tensor, call: Call, *, dtypes: tuple[torch.dtype, ...]) -> boo
 
 
 def _fits_flash(q: Tensor, v: Tensor) -> bool:
-    return q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return v.shape[-1] <= q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
 
 
 def _device_bounds(call: Call, device: torch.device) -> Tensor:
@@ -190,7 +198,9 @@ def _rows(x: Tensor, batch: int) -> Tensor:
 IMPLEMENTATIONS = (
     dense_implementation("cudnn", Kernel(_cudnn_forward, _cudnn_backward), accepts=_cudnn_accepts),
     Implementation("flash_varlen", _flash_varlen_forward, _flash_varlen_accepts, _flash_varlen_backward),
-    dense_implementation("flash", Kernel(_flash_forward, _flash_backward), accepts=_flash_accepts),
+    dense_implementation(
+        "flash", with_even_values(Kernel(_flash_forward, _flash_backward)), accepts=_flash_accepts
+    ),
     dense_implementation(
         "efficient", Kernel(_efficient_forward, _efficient_backward), accepts=_efficient_accepts
     ),

@@ -2,7 +2,7 @@
 
 A kernel is a pair of functions on dense blocks; `dense_implementation` makes an implementation of attention of it: one
 call where documents hide nothing, else one call a rectangle. Queries that see no key get output 0 and log-sum-exp
--inf, whatever kernels would say of them.
+-inf, whatever kernels would say of them. `with_even_values` is for kernels that want values as wide as keys.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megads.ops.attention_call import Call
@@ -60,6 +61,28 @@ def dense_implementation(name: str, kernel: Kernel, *, accepts: Callable[..., bo
         return dq, dk, dv
 
     return Implementation(name, _forward, accepts, _backward)
+
+
+def fill_values(x: Tensor, dim: int) -> Tensor:
+    """Values, or what is made of them, filled up with zeros to the width of keys; they add nothing."""
+    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
+
+
+def with_even_values(kernel: Kernel) -> Kernel:
+    """A kernel that wants values as wide as keys, for values that may be narrower."""
+
+    def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = kernel.forward(q, k, fill_values(v, q.shape[-1]), is_causal, scale)
+        return out[..., : v.shape[-1]], lse
+
+    def _backward(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, is_causal: bool, scale: float
+    ) -> Gradients:
+        values, made, flow = (fill_values(x, q.shape[-1]) for x in (v, out, dout))
+        dq, dk, dv = kernel.backward(q, k, values, made, lse, flow, is_causal, scale)
+        return dq, dk, dv[..., : v.shape[-1]]
+
+    return Kernel(_forward, _backward)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
