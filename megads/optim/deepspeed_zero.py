@@ -37,7 +37,9 @@ from megads.errors import ConfigError
 from megads.optim.clip import clip_factor, global_norm
 from megads.optim.engine import StepReport
 from megads.optim.precision import COMPUTE_DTYPES, LossScale
-from megads.optim.zero import MOMENTS, bucket_pieces, make_optimizer, stage_buckets, start_moments
+from megads.optim.share import bucket_pieces
+from megads.optim.update import MOMENTS, make_optimizer, start_moments
+from megads.optim.zero import stage_buckets
 from megads.parallel.collectives import all_reduce_
 from megads.parallel.gradient import Bucket
 from megads.parallel.mesh import Mesh, communicator
@@ -69,7 +71,7 @@ class DeepSpeedEngine:
         self._scale = LossScale(mesh.device, is_dynamic=config.precision == "fp16")
         decays = [bucket.traits.decay for bucket in self._buckets]
         # ZeRO puts its flat partitions in the place of the twins in this optimizer's groups
-        self._optimizer = make_optimizer(list(self._twins), decays, config=config)
+        self._optimizer = make_optimizer(list(self._twins), decays, name=config.name, config=config)
         self._engine = _initialize(self._twins, self._optimizer, mesh, config)
         start_moments(self._optimizer)
         for share in self._shares():  # DeepSpeed took the masters from the rounded weights

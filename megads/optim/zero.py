@@ -12,7 +12,6 @@ The update is torch's fused AdamW (or SGD), which skips the step on the device w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,13 +21,13 @@ from megads.config.optim import OptimConfig
 from megads.optim.clip import clip_factor, global_norm
 from megads.optim.engine import StepReport
 from megads.optim.precision import COMPUTE_DTYPES, LossScale
+from megads.optim.share import Share
+from megads.optim.update import FusedUpdate, Update
 from megads.parallel.collectives import Pending, start_all_gather
 from megads.parallel.gradient import Bucket, Reducer, make_buckets
 from megads.parallel.mesh import Mesh
-from megads.parallel.parameter import Piece, parameter_table, pieces
+from megads.parallel.parameter import Piece, parameter_table
 from megads.parallel.tally import TallyTable
-
-MOMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType({"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()})
 
 
 class NativeEngine:
@@ -56,10 +55,11 @@ class NativeEngine:
         buckets = stage_buckets(stages, mesh, max_elements=config.bucket_elements, dtype=dtype)
         self._all = tuple(bucket for found in buckets.values() for bucket in found)
         self._reducers = {stage: Reducer(found, sharded=self._sharded) for stage, found in buckets.items()}
-        self._masters = tuple(self._master(bucket) for bucket in self._all)
-        decays = [bucket.traits.decay for bucket in self._all]
-        self._optimizer = make_optimizer(self._masters, decays, config=config)
-        start_moments(self._optimizer)
+        self._shares = tuple(self._share(bucket) for bucket in self._all)
+        gradients = [self._held(bucket, bucket.gradients) for bucket in self._all]
+        self._updates = make_updates(self._shares, gradients, config=config)
+        for update in self._updates:
+            update.start()
         self._scale = LossScale(mesh.device, is_dynamic=config.precision == "fp16")
         self._gathering: dict[int, Pending] = {}
         for module in {m for blocks in stages.values() for m in blocks.modules()}:
@@ -69,16 +69,18 @@ class NativeEngine:
         """The part of a bucket's flat memory that this rank updates."""
         return bucket.shard(flat) if self._sharded else flat
 
-    def _master(self, bucket: Bucket) -> Tensor:
-        """The values that the optimizer updates: the weights themselves, or a float32 copy of low-precision ones."""
+    def _share(self, bucket: Bucket) -> Share:
+        """What this rank updates of a bucket: the weights themselves, or a float32 copy of low-precision ones."""
         assert bucket.initial is not None  # read once, here
         is_copy = bucket.values.dtype != bucket.initial.dtype
         source = bucket.initial if is_copy else bucket.values
         master = self._held(bucket, source).detach()
-        master = master.clone() if is_copy else master
-        master.grad = self._held(bucket, bucket.gradients)
         bucket.initial = None
-        return master
+        share = bucket.values.numel() // bucket.group.size
+        first = bucket.group.rank * share
+        if self._sharded:
+            return Share(bucket, master.clone() if is_copy else master, first, slice(0, share))
+        return Share(bucket, master, 0, slice(first, first + share))
 
     @property
     def loss_scale(self) -> Tensor:
@@ -112,23 +114,18 @@ class NativeEngine:
         """Clip by the global norm and update; a step with a gradient that is not finite changes nothing."""
         for reducer in self._reducers.values():
             reducer.finish()
-        held = [self._held(bucket, bucket.gradients) for bucket in self._all]
         # of what all ranks of a group hold alike each counts its slice, so over the world every element counts once
         scaled_norm = global_norm(
             [b.shard(b.gradients) for b in self._all if b.traits.is_primary],
-            [g for g, b in zip(held, self._all, strict=True) if not b.traits.is_primary],
+            [self._held(b, b.gradients) for b in self._all if not b.traits.is_primary],
             group=self._mesh.group("world"),
             device=self._mesh.device,
         )
         norm = scaled_norm / self._scale.value
         finite = norm.isfinite()
         factor = clip_factor(norm, self._config.clip) / self._scale.value
-        for gradient in held:
-            gradient.mul_(factor)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self._optimizer.step()
+        for update in self._updates:
+            update.step(lr=lr, factor=factor, finite=finite)
         self._scale.update(finite)
         self._publish()
         return StepReport(norm, finite, self._scale.value, self._tallies.finish(is_valid=finite))
@@ -136,7 +133,7 @@ class NativeEngine:
     def _publish(self) -> None:
         """Bring every rank's weights up to the masters. Gathering goes on in the background."""
         for number in reversed(range(len(self._all))):  # the next forward asks for the last buckets first
-            bucket, master = self._all[number], self._masters[number]
+            bucket, master = self._all[number], self._shares[number].master
             if master.dtype != bucket.values.dtype:
                 self._held(bucket, bucket.values).copy_(master)
             if self._sharded:
@@ -159,79 +156,51 @@ class NativeEngine:
             if pending is not None:
                 pending.wait()
 
-    def _moments(self, master: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for name in MOMENTS[self._config.name]:
-            yield f"optim/{name}", self._optimizer.state[master][name]
+    def _states(self) -> Iterator[tuple[Share, str, Tensor]]:
+        """Everything flat that belongs to a share, by kind."""
+        for share in self._shares:
+            yield share, "model", share.master
+        for update in self._updates:
+            for share in update.shares:
+                for name, flat in update.states(share.master):
+                    yield share, f"optim/{name}", flat
 
-    def _states(self, master: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Everything flat that belongs to a master, by kind."""
-        yield "model", master
-        yield from self._moments(master)
+    def shares(self) -> tuple[Share, ...]:
+        """What this rank updates."""
+        return self._shares
 
     def state(self) -> tuple[Piece, ...]:
         """This rank's share of masters, moments, and what layers keep. Of masters and moments every data-parallel rank
         saves a slice, whatever the stage.
         """
-        found: list[Piece] = []
-        for bucket, master in zip(self._all, self._masters, strict=True):
-            if bucket.traits.is_primary:
-                first = bucket.group.rank * (bucket.values.numel() // bucket.group.size)
-                for kind, flat in self._states(master):
-                    held = flat if self._sharded else bucket.shard(flat)
-                    found += bucket_pieces(bucket, held, kind=kind, first=first)
-        return (*found, *self._tallies.primary_pieces())
+        owned = (
+            piece for share, kind, flat in self._states() for piece in share.owned_pieces(flat, kind=kind)
+        )
+        return (*owned, *self._tallies.primary_pieces())
 
     def targets(self) -> tuple[Piece, ...]:
         """Everything this rank updates; `load_scalars` makes weights of it."""
-        found: list[Piece] = []
-        for bucket, master in zip(self._all, self._masters, strict=True):
-            share = bucket.values.numel() // bucket.group.size
-            first = bucket.group.rank * share if self._sharded else 0
-            for kind, flat in self._states(master):
-                found += bucket_pieces(bucket, flat, kind=kind, first=first)
-        return (*found, *self._tallies.pieces())
+        held = (piece for share, kind, flat in self._states() for piece in share.pieces(flat, kind=kind))
+        return (*held, *self._tallies.pieces())
 
     def scalars(self) -> Mapping[str, Any]:
-        """Adam's step count (steps that were skipped do not count) and the loss scale."""
-        steps = {int(s["step"]) for s in self._optimizer.state.values() if "step" in s}
-        return {"name": self._config.name, "step": max(steps, default=0), **self._scale.state()}
+        """The optimizer's step count (steps that were skipped do not count) and the loss scale."""
+        num_steps = max((update.num_steps for update in self._updates), default=0)
+        return {"name": self._config.name, "step": num_steps, **self._scale.state()}
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """Take back what `scalars` gave, after `targets` were filled: weights are current from here on."""
-        for state in self._optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(float(scalars["step"]))
+        for update in self._updates:
+            update.load_steps(int(scalars["step"]))
         self._scale.load(scalars)
         self._publish()
 
 
-def make_optimizer(
-    parameters: Sequence[Tensor], decays: Sequence[bool], *, config: OptimConfig
-) -> torch.optim.Optimizer:
-    """torch's fused AdamW or SGD over flat parameters, of which those marked in `decays` get weight decay."""
-    groups = [
-        {
-            "params": [p for p, has_decay in zip(parameters, decays, strict=True) if has_decay is decay],
-            "weight_decay": config.weight_decay if decay and config.name == "adamw" else 0.0,
-        }
-        for decay in (True, False)
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, fused=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def start_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Make AdamW's state, which torch makes in the first step, so that loading can fill it."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return
-    for master in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        optimizer.state[master] = {
-            "step": torch.zeros((), device=master.device),
-            "exp_avg": torch.zeros_like(master),
-            "exp_avg_sq": torch.zeros_like(master),
-        }
+def make_updates(
+    shares: Sequence[Share], gradients: Sequence[Tensor], *, config: OptimConfig
+) -> tuple[Update, ...]:
+    """The updates that the config asks for."""
+    return (FusedUpdate(shares, gradients, name=config.name, config=config),)
 
 
 def stage_buckets(
@@ -245,14 +214,3 @@ def stage_buckets(
         seen.update(map(id, parameters))
         buckets[stage] = make_buckets(parameters, mesh, max_elements=max_elements, dtype=dtype)
     return buckets
-
-
-def bucket_pieces(bucket: Bucket, held: Tensor, *, kind: str, first: int) -> Iterator[Piece]:
-    """Flat elements [first, first + held.numel()) of a bucket as pieces of logical tensors `kind/name`."""
-    last = first + held.numel()
-    for place in bucket.places:
-        start = max(first, place.start)
-        stop = min(last, place.start + place.parameter.numel())
-        if start < stop:
-            values = held[start - first : stop - first]
-            yield from pieces(place.parameter, values, kind=kind, start=start - place.start)
