@@ -12,6 +12,7 @@ before or after the run, fewer micro-batches than stages, a vocabulary divisible
 from __future__ import annotations
 
 from megads.assemble import (
+    rules_checkpoint,
     rules_context,
     rules_data,
     rules_experts,
@@ -32,6 +33,7 @@ RULES: tuple[Rule, ...] = (
     *rules_experts.RULES,
     *rules_data.RULES,
     *rules_optim.RULES,
+    *rules_checkpoint.RULES,
 )
 
 

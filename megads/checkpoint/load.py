@@ -1,14 +1,17 @@
 """Load pieces of logical tensors from a committed step, whatever layout saved it.
 
 Each rank asks for its boxes and reads the chunks that meet them, each once; what is copied is what was
-hashed. Which step to load is decided in `choice.py`; `resume` puts the two together.
+hashed. Ranks that want the same chunks may share the reading (`share.py`). Which step to load is decided in
+`choice.py`; `resume` puts the two together.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from megads.checkpoint.manifest import Chunk, DamageError, TensorEntry
 from megads.checkpoint.reader import StepReader, open_step
 from megads.checkpoint.retention import set_aside_newer
 from megads.checkpoint.save import dtype_name
+from megads.checkpoint.share import ALONE, Reading, read_shared
 from megads.checkpoint.store import Store, describe_failure
 from megads.errors import CheckpointError
 from megads.parallel.control import Control
@@ -27,6 +31,28 @@ from megads.parallel.parameter import Piece
 from megads.parallel.shard import Box
 
 _SHOWN = 8  # names listed in one message
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How a checkpoint may differ from what is wanted of it.
+
+    Attributes:
+        unread: name prefixes of tensors that may stay unread, e.g. ("optim/",) to load the model alone.
+        missing: name patterns of tensors that it may not have; what they would fill stays as it is.
+        resized: names of tensors that may have other sizes along dim 0; the rows that both have are loaded.
+    """
+
+    unread: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    resized: frozenset[str] = frozenset()
+
+    def may_miss(self, name: str) -> bool:
+        """Whether tensor `name` may be missing."""
+        return any(fnmatchcase(name, pattern) for pattern in self.missing)
+
+
+EXACT = Tolerance()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +73,8 @@ def load(
     pieces: Sequence[Piece],
     *,
     control: Agreement | None = None,
-    unread: tuple[str, ...] = (),
+    reading: Reading = ALONE,
+    tolerance: Tolerance = EXACT,
     store: Store | None = None,
 ) -> StepReader:
     """Fill `pieces` in place; returns the step's reader. All ranks of `control` call it.
@@ -55,7 +82,8 @@ def load(
     Args:
         pieces: what this rank wants; boxes may overlap between ranks.
         control: over all ranks that load together; None: this process alone.
-        unread: name prefixes of tensors that may stay unread, e.g. ("optim/",) to load the model alone.
+        reading: how chunks are read and checked.
+        tolerance: what may differ between the checkpoint and `pieces`.
 
     Raises:
         DamageError: on all ranks: a file is not what was saved; names file, bytes and tensor.
@@ -70,12 +98,16 @@ def load(
         failure = error
     _agree(control, failure)
     assert reader is not None
-    failure = _difference(reader, pieces, control=control, unread=unread)
+    failure = _difference(reader, pieces, control=control, tolerance=tolerance)
     _agree(control, failure)
     try:
         if control.rank == 0:
             _check_files(reader)
-        _fill(reader, pieces)
+    except CheckpointError as error:
+        failure = error
+    _agree(control, failure)
+    try:
+        _fill(reader, [piece for piece in pieces if piece.name in reader.manifest.tensors], reading)
     except CheckpointError as error:
         failure = error
     _agree(control, failure)
@@ -90,7 +122,7 @@ def read_box(reader: StepReader, name: str, *, box: Box) -> torch.Tensor:
     """
     entry = reader.manifest.tensors[name]
     tensor = torch.empty(box.shape, dtype=getattr(torch, entry.dtype))
-    _fill(reader, [Piece(name, entry.shape, box, tensor)])
+    _fill(reader, [Piece(name, entry.shape, box, tensor)], ALONE)
     return tensor
 
 
@@ -101,6 +133,7 @@ def resume(
     pieces: Sequence[Piece],
     control: Agreement,
     on_damage: OnDamage = "error",
+    reading: Reading = ALONE,
     store: Store | None = None,
 ) -> Resumed:
     """Choose a step by `checkpoint.load` and load it, or say that it is a fresh start. All ranks call it.
@@ -125,7 +158,7 @@ def resume(
         if choice.path is None:
             return Resumed(None, choice.sentence)
         try:
-            reader = load(choice.path, pieces, control=control, store=store)
+            reader = load(choice.path, pieces, control=control, reading=reading, store=store)
         except DamageError as error:
             damaged[str(choice.path)] = str(error)
             continue
@@ -181,7 +214,7 @@ def _agree(control: Agreement, failure: CheckpointError | None) -> None:
 
 
 def _difference(
-    reader: StepReader, pieces: Sequence[Piece], *, control: Agreement, unread: tuple[str, ...]
+    reader: StepReader, pieces: Sequence[Piece], *, control: Agreement, tolerance: Tolerance
 ) -> CheckpointError | None:
     """What makes this the checkpoint of another model; also whether all ranks read the same manifest."""
     mine = {
@@ -197,12 +230,12 @@ def _difference(
             )
         wanted |= report["names"]
     saved = reader.manifest.tensors
-    missing = sorted(name for name in wanted if name not in saved)
-    extra = sorted(name for name in saved if name not in wanted and not name.startswith(unread))
+    missing = sorted(name for name in wanted if name not in saved and not tolerance.may_miss(name))
+    extra = sorted(name for name in saved if name not in wanted and not name.startswith(tolerance.unread))
     changed = [
         f"{name} ({_head(saved[name])}, wanted {dtype} {_shape(shape)})"
         for name, (shape, dtype) in sorted(wanted.items())
-        if name in saved and (list(saved[name].shape), saved[name].dtype) != (shape, dtype)
+        if name in saved and not _fits(saved[name], shape, dtype, is_resized=name in tolerance.resized)
     ]
     groups = [("not in the checkpoint", missing), ("only in the checkpoint", extra), ("different", changed)]
     lines = [f"{len(names)} {title}: {_listed(names)}" for title, names in groups if names]
@@ -214,6 +247,13 @@ def _difference(
         allowed=f"the {len(wanted)} tensors of this config, each with its shape and dtype",
         do="use the config it was trained with (config.yaml of its run)",
     )
+
+
+def _fits(entry: TensorEntry, shape: Sequence[int], dtype: str, *, is_resized: bool) -> bool:
+    """Whether a saved tensor can fill one of this shape and dtype."""
+    first = 1 if is_resized else 0
+    same_rank = len(entry.shape) == len(shape)
+    return same_rank and entry.dtype == dtype and tuple(entry.shape[first:]) == tuple(shape[first:])
 
 
 def _head(entry: TensorEntry) -> str:
@@ -237,7 +277,7 @@ def _check_files(reader: StepReader) -> None:
             raise DamageError(problem)
 
 
-def _fill(reader: StepReader, pieces: Sequence[Piece]) -> None:
+def _fill(reader: StepReader, pieces: Sequence[Piece], reading: Reading) -> None:
     """Read each chunk that meets a piece once, in file order, and copy."""
     by_name: defaultdict[str, list[Piece]] = defaultdict(list)
     for piece in pieces:
@@ -249,12 +289,12 @@ def _fill(reader: StepReader, pieces: Sequence[Piece]) -> None:
         if any(chunk.box.intersect(piece.box) is not None for piece in wanted)
     ]
     needed.sort(key=lambda item: (item[0].file, item[0].offset))
-    with reader.reading(needed) as chunks:
-        for read in chunks:
-            dtype = getattr(torch, reader.manifest.tensors[read.name].dtype)
-            values = torch.frombuffer(read.data, dtype=dtype).view(read.chunk.box.shape)
-            for piece in by_name[read.name]:
-                _copy_common(piece, read.chunk.box, values)
+    with closing(read_shared(reader, needed, reading=reading)) as parts:
+        for part in parts:
+            dtype = getattr(torch, reader.manifest.tensors[part.name].dtype)
+            values = part.data.view(dtype).view(part.chunk.box.shape)
+            for piece in by_name[part.name]:
+                _copy_common(piece, part.chunk.box, values)
 
 
 def _copy_common(piece: Piece, box: Box, values: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ bytes here.
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,22 +95,33 @@ class StepReader:
         return self._checked(chunk, name, self._fetch(chunk, name, memoryview(bytearray(chunk.size))))
 
     @contextmanager
-    def reading(self, wanted: Sequence[tuple[Chunk, str]]) -> Iterator[Iterator[ReadChunk]]:
+    def reading(
+        self, wanted: Sequence[tuple[Chunk, str]], *, checked: float = 1.0
+    ) -> Iterator[Iterator[ReadChunk]]:
         """Gives chunks of the named tensors in this order, each read while the one before is hashed and used.
 
         Memory: two chunks. The bytes of one are valid until the next is asked for.
+
+        Args:
+            checked: share of the chunks, drawn anew each time, whose hash is compared; sizes always are.
 
         Raises:
             DamageError: where a chunk would be handed out, as `read_chunk`.
         """
         largest = max((chunk.size for chunk, _ in wanted), default=0)
+        draw = random.Random()
         buffers = itertools.cycle([memoryview(bytearray(largest)) for _ in range(2)])
         reads = (
             ReadChunk(chunk, name, self._fetch(chunk, name, next(buffers)[: chunk.size]))
             for chunk, name in wanted
         )
         with ahead(reads) as chunks:
-            yield (replace(read, data=self._checked(read.chunk, read.name, read.data)) for read in chunks)
+            yield (
+                replace(read, data=self._checked(read.chunk, read.name, read.data))
+                if checked >= 1.0 or draw.random() < checked
+                else read
+                for read in chunks
+            )
 
     def _fetch(self, chunk: Chunk, name: str, into: memoryview) -> memoryview:
         """Fill `into` with a chunk's bytes."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from megads.config.section import Text, section
 
@@ -28,5 +28,19 @@ class CheckpointConfig:
     there. must: as auto, but refused if nothing is there. Any other text is the path of a run or step directory."""
     on_damage: Literal["error", "previous"] = "error"
     """What to do if the newest committed step is damaged: end with its name, or load the newest intact one, aloud."""
+    checked_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """Share of the chunks, drawn at random, whose checksum is compared while a step is loaded; manifest and sizes
+    always are. Below 1 a load is faster and damage may pass."""
+    start: Text | None = None
+    """Weights that a fresh run starts from, with new optimizer state, at step 0: a run, its checkpoints, a step, or an
+    imported model. A run that has steps of its own goes on from them."""
+    start_missing: tuple[Text, ...] = ()
+    """Name patterns (`layers.*.adapter.*`) of weights that `checkpoint.start` may lack: they keep their initial
+    values."""
+    start_unused: tuple[Text, ...] = ()
+    """Name prefixes of weights in `checkpoint.start` that this model has no place for and that are left there."""
+    start_other_vocab: bool = False
+    """Whether the vocabulary of `checkpoint.start` may have another size: rows that both have are taken, further ones
+    keep their initial values."""
     writers_per_node: PositiveInt = 8
     """Most files that the ranks of one host write at once."""

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from megads import log
 from megads.assemble import rules, wiring
-from megads.checkpoint.load import load
+from megads.checkpoint.load import Tolerance, load
 from megads.checkpoint.reader import open_step
 from megads.checkpoint.retention import steps_at
+from megads.checkpoint.share import Reading
 from megads.checkpoint.store import Store
 from megads.config.load import load_text
 from megads.config.root import Config
@@ -81,7 +82,13 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
         for piece in pieces(parameter, parameter.detach().view(-1), kind="model")
     ]
     wanted += [piece for piece in model.kept if piece.name.startswith("model/")]
-    load(from_path, wanted, control=control, unread=("optim/", "router/"))
+    load(
+        from_path,
+        wanted,
+        control=control,
+        reading=Reading(config.checkpoint.checked_share, mesh.group("dp_cp"), device),
+        tolerance=Tolerance(unread=("optim/", "router/")),
+    )
     return Restored(config, mesh, model, reader.step, str(reader.objects.get("tokenizer", "")))
 
 

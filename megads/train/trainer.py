@@ -25,6 +25,7 @@ from megads.assemble.step import StepResult, train_step
 from megads.checkpoint.background import SavePlan, Saver
 from megads.checkpoint.load import resume
 from megads.checkpoint.preflight import check_writable
+from megads.checkpoint.share import Reading
 from megads.config.checkpoint import CheckpointConfig
 from megads.config.load import dump, load
 from megads.config.root import Config
@@ -46,6 +47,7 @@ from megads.train.lock import locked
 from megads.train.metrics import expert_metrics, peak_memory, peak_tflops
 from megads.train.replica import check_replicas
 from megads.train.report import Reporter, short_names
+from megads.train.start import start_from
 from megads.train.stop import SAVED, StopRequest
 
 _log = logging.getLogger("megads.train")
@@ -187,12 +189,14 @@ class Trainer:
         size = sum(piece.tensor.numel() * piece.tensor.element_size() for piece in self._engine.state())
         expected = sum(self._control.all_gather(size))
         check_writable(self._checkpoints, expected, control=self._control)
+        reading = Reading(config.checkpoint.checked_share, self._mesh.group("dp_cp"), self._mesh.device)
         resumed = resume(
             config.checkpoint.load,
             self._checkpoints,
             pieces=self._engine.targets(),
             control=self._control,
             on_damage=config.checkpoint.on_damage,
+            reading=reading,
         )
         _log.info("%s", resumed.sentence)
         step: int = 0
@@ -201,6 +205,14 @@ class Trainer:
             step = resumed.reader.step
             saved = run_history.from_objects(resumed.reader.objects)
             self._engine.load_scalars(resumed.reader.objects["optim"])
+        elif started := start_from(
+            config.checkpoint,
+            self._engine,
+            parameters=self._model.parameters,
+            control=self._control,
+            reading=reading,
+        ):
+            _log.info("%s", started)
         history = source.wanted_history(config, self._source.train, saved=saved, first_step=step + 1)
         limits = {s.path: s.max_epochs for s in self._source.shares if s.max_epochs is not None}
         check_epochs(history, self._source.train, last_step=config.run.steps, max_epochs=limits)
