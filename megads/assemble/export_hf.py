@@ -5,8 +5,8 @@
                               v
                          equal: README.md, rename to DST          not equal: an error, and no DST
 
-Lives here: the order of things, the tokenizer's files and the card. Names and file format: checkpoint/hf.py; the
-comparison: compare.py; the way back: import_hf.py.
+Lives here: the order of things, the tokenizer's files and the card. Names: checkpoint/hf_names.py; file format:
+checkpoint/hf.py; the comparison: compare.py; the way back: import_hf.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import megads
 from megads.assemble.compare import NOT_COMPARED, SAMPLE, Report, compare, declared, sample_tokens
 from megads.checkpoint import hf
 from megads.checkpoint.directory import built
+from megads.checkpoint.hf_names import Entry, Family, grouped, match
 from megads.checkpoint.load import read_box
 from megads.checkpoint.reader import StepReader, open_step
 from megads.checkpoint.retention import steps_at
@@ -81,13 +82,13 @@ def export_hf(
     family, parameters = HUGGING_FACE[config.model.family], declared(spec)
     sizes = family.to_config(model)
     _check_step(reader, parameters)
-    entries = hf.match(family.rows, parameters)
+    entries = match(family.rows, parameters)
     kept = dtype or _common_dtype(reader, parameters)
     file = tokenizer_file(tokenizer or Path(config.data.tokenizer))
     words = _tokenizer_of(reader, file)
     tree = {**sizes, **_facts(family, kept, words)}
 
-    def read(entry: hf.Entry) -> Tensor:
+    def read(entry: Entry) -> Tensor:
         return read_box(reader, f"model/{entry.name}", box=entry.box).to(kept)
 
     def read_whole(name: str) -> Tensor:
@@ -145,9 +146,7 @@ def _check_step(reader: StepReader, parameters: Mapping[str, ShardSpec]) -> None
     wanted = {name: spec.shape for name, spec in parameters.items()}
     wrong = sorted(name for name in saved | wanted if saved.get(name) != wanted.get(name))
     if wrong:
-        raise CheckpointError(
-            f"{reader.path}: its tensors are not those of its config", found=hf.grouped(wrong)
-        )
+        raise CheckpointError(f"{reader.path}: its tensors are not those of its config", found=grouped(wrong))
 
 
 def _common_dtype(reader: StepReader, parameters: Mapping[str, ShardSpec]) -> torch.dtype:
@@ -157,7 +156,7 @@ def _common_dtype(reader: StepReader, parameters: Mapping[str, ShardSpec]) -> to
     return dtype
 
 
-def _facts(family: hf.Family, dtype: torch.dtype, tokenizer: Tokenizer) -> dict[str, Any]:
+def _facts(family: Family, dtype: torch.dtype, tokenizer: Tokenizer) -> dict[str, Any]:
     """What config.json says beside the sizes.
 
     In training a document followed the end of the one before, never another token: that one is also the begin token.

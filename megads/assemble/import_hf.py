@@ -4,7 +4,7 @@
         config.yaml                   section `model` from config.json; the rest to be filled in
         tokenizer/                    verbatim
 
-Names and file format: checkpoint/hf.py; the comparison: compare.py; the other way: export_hf.py.
+Names: checkpoint/hf_names.py; file format: checkpoint/hf.py; the comparison: compare.py; the other way: export_hf.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megads.assemble.compare import NOT_COMPARED, SAMPLE, Report, compare, decla
 from megads.assemble.export_hf import copy_tokenizer
 from megads.checkpoint import hf
 from megads.checkpoint.directory import built
+from megads.checkpoint.hf_names import Entry, Family, match
 from megads.checkpoint.load import read_box
 from megads.checkpoint.reader import open_step
 from megads.checkpoint.save import save
@@ -81,17 +82,19 @@ def import_hf(
     spec = describe(config.model, vocab=1, sequence_length=config.data.sequence_length)
     _check_sizes(spec, weights)
     parameters, dtype = declared(spec), initial_dtype(config.optim.precision)
-    entries = hf.match(family.rows, parameters)
+    is_short = not any(name.startswith(family.prefix) for name in weights.shapes)
+    present = {family.prefix + name for name in weights.shapes} if is_short else weights.shapes
+    entries = match(family.rows, parameters, present=present)
     ignored = (
         (*family.ignored, "lm_head.weight") if spec.tied else family.ignored
     )  # some files repeat the embedding
-    if not any(name.startswith(family.prefix) for name in weights.shapes):
+    if is_short:
         entries = tuple(replace(e, foreign=e.foreign.removeprefix(family.prefix)) for e in entries)
         ignored = tuple(pattern.removeprefix(family.prefix) for pattern in ignored)
     hf.check_names(entries, weights, ignored=ignored)
 
-    def values(entry: hf.Entry) -> Tensor:
-        return entry.turn(weights.tensor(entry.foreign)).to(dtype)
+    def values(entry: Entry) -> Tensor:
+        return entry.from_foreign(weights.tensor(entry.foreign)).to(dtype)
 
     words = None if file is None else open_tokenizer(file)
     objects = {
@@ -126,7 +129,7 @@ def import_hf(
     return Report(len(entries), sum(e.box.size for e in entries) * dtype.itemsize, comparison, notes)
 
 
-def _family_of(tree: Mapping[str, Any], source: Path) -> tuple[str, hf.Family]:
+def _family_of(tree: Mapping[str, Any], source: Path) -> tuple[str, Family]:
     for name, family in HUGGING_FACE.items():
         if family.model_type == tree.get("model_type"):
             return name, family

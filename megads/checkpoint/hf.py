@@ -1,15 +1,7 @@
-"""Models in Hugging Face's format: names as a table, safetensors files out and in, transformers as the judge.
+"""Models in Hugging Face's format: safetensors files out and in, transformers as the judge.
 
-A family says once which tensor is called what; the parts of a fused tensor come from its own declaration:
-
-    megads                                   Row                 Hugging Face
-    layers.3.attention.qkv.weight [q|k|v, h] -> three names      model.layers.3.self_attn.{q,k,v}_proj.weight
-    layers.3.mlp.up.weight [ffn, hidden]     -> is_transposed    transformer.h.3.mlp.c_fc.weight [hidden, ffn]
-
-`match` makes of it a list of `Entry`: one Hugging Face tensor and the box of the logical tensor that it is. Writing,
-reading back and importing are loops over entries. The tables are filled in `model/`; what else belongs to an export
-(config, tokenizer, comparison, commit) is `assemble/convert.py`'s business. The only file that imports safetensors
-and transformers.
+Which tensor is called what: hf_names.py. What else belongs to an export (config, tokenizer, comparison, commit) is
+`assemble/convert.py`'s business. The only file that imports safetensors and transformers.
 """
 
 from __future__ import annotations
@@ -18,9 +10,7 @@ import importlib.util
 import itertools
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megads.checkpoint.hf_names import Entry, grouped, pattern
 from megads.checkpoint.store import Buffer, Store, write_file
 from megads.errors import CheckpointError
-from megads.parallel.shard import Box, Shape, ShardSpec, block_box
+from megads.parallel.shard import Shape
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -41,106 +32,6 @@ FORMAT_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 """Name of a dtype in a safetensors file -> the dtype; only these hold weights."""
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
-_SHOWN = 6  # name patterns listed in one message
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What Hugging Face calls one tensor of a family; `*` stands for the layer number in all names.
-
-    Args:
-        name: logical name.
-        parts: Hugging Face names of the fused parts, in order; or one name for the whole tensor.
-        is_transposed: whether Hugging Face stores [in, out].
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    is_transposed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A model family as Hugging Face knows it.
-
-    Attributes:
-        model_type: of config.json.
-        rows: one for each tensor that a model of the family can have.
-        ignored: patterns of Hugging Face tensors that are constants, not weights.
-        prefix: part of the names that older files leave out.
-        to_config: the config section `model`, nothing left open -> what config.json says about it.
-        from_config: config.json -> the config section `model`, without `family`.
-    """
-
-    model_type: str
-    rows: tuple[Row, ...]
-    ignored: tuple[str, ...]
-    prefix: str
-    to_config: Callable[[Any], dict[str, Any]]
-    from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One Hugging Face tensor: a box of a logical tensor, transposed or not.
-
-    Attributes:
-        foreign: Hugging Face name.
-        name: logical name.
-        whole: global shape of the logical tensor.
-    """
-
-    foreign: str
-    name: str
-    whole: Shape
-    box: Box
-    is_transposed: bool
-
-    @property
-    def shape(self) -> Shape:
-        """Shape of the Hugging Face tensor."""
-        return self.box.shape[::-1] if self.is_transposed else self.box.shape
-
-    def turn(self, tensor: Tensor) -> Tensor:
-        """From the values of the box to the Hugging Face tensor, or back; a view."""
-        return tensor.t() if self.is_transposed else tensor
-
-
-def match(rows: Sequence[Row], declared: Mapping[str, ShardSpec]) -> tuple[Entry, ...]:
-    """One entry for each Hugging Face tensor of a model, in order of declaration.
-
-    Args:
-        declared: logical name -> declaration, of every parameter of the model; tied copies left out.
-
-    Raises:
-        CheckpointError: a parameter that no row names.
-    """
-    by_name = {row.name: row for row in rows}
-    entries: list[Entry] = []
-    unnamed = [name for name in declared if _pattern(name) not in by_name]
-    if unnamed:
-        raise CheckpointError(
-            "this model has parameters that the family's Hugging Face names leave out", found=grouped(unnamed)
-        )
-    for name, spec in declared.items():
-        row = by_name[_pattern(name)]
-        layer = next((word for word in name.split(".") if word.isdigit()), "")
-        for number, part in enumerate(row.parts):
-            box = block_box(spec, number) if len(row.parts) > 1 else Box.whole(spec.shape)
-            foreign = part.replace("*", layer)
-            entries.append(Entry(foreign, name, spec.shape, box, row.is_transposed))
-    return tuple(entries)
-
-
-def grouped(names: Iterable[str]) -> str:
-    """Names with layer numbers taken together, for a message: `h.*.ln_1.weight (12), wte.weight`."""
-    counts = Counter(map(_pattern, names))
-    shown = [f"{name} ({count})" if count > 1 else name for name, count in counts.most_common(_SHOWN)]
-    return ", ".join(shown) + (f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else "")
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def write_weights(
@@ -170,7 +61,7 @@ def write_weights(
         for number in range(1, len(shards) + 1)
     ]
     for name, shard in zip(names, shards, strict=True):
-        values = (entry.turn(read(entry).to(dtype)) for entry in shard)
+        values = (entry.to_foreign(read(entry).to(dtype)) for entry in shard)
         write_file(store, directory / name, blocks=_file_blocks(shard, values, dtype))
     total = sum(entry.box.size for entry in entries) * dtype.itemsize
     if len(shards) > 1:
@@ -302,21 +193,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def require(config: Mapping[str, Any], key: str, *, allowed: tuple[object, ...], default: object) -> None:
-    """Refuse a config.json whose `key` asks for something that megads' family does not do.
-
-    Raises:
-        CheckpointError: naming the key, its value and those that are allowed.
-    """
-    found = config.get(key, default)
-    if found not in allowed:
-        raise CheckpointError(
-            f"config.json: {key} is not what this family of megads computes",
-            found=found,
-            allowed=" or ".join(map(str, allowed)),
-        )
-
-
 def check_names(entries: Sequence[Entry], weights: Weights, *, ignored: Sequence[str] = ()) -> None:
     """Refuse weights that are not exactly those of `entries`, each in its shape; `ignored` names patterns.
 
@@ -325,7 +201,7 @@ def check_names(entries: Sequence[Entry], weights: Weights, *, ignored: Sequence
     """
     wanted = {entry.foreign: entry for entry in entries}
     missing = [name for name in wanted if name not in weights.shapes]
-    extra = [name for name in weights.shapes if name not in wanted and _pattern(name) not in ignored]
+    extra = [name for name in weights.shapes if name not in wanted and pattern(name) not in ignored]
     changed = [
         f"{name} {weights.shapes[name]} for {entry.shape}"
         for name, entry in wanted.items()
@@ -352,7 +228,7 @@ def check_values(entries: Sequence[Entry], weights: Weights, *, expected: Callab
         CheckpointError: naming the first tensor that differs.
     """
     for entry in entries:
-        wanted, found = entry.turn(expected(entry)), weights.tensor(entry.foreign)
+        wanted, found = entry.to_foreign(expected(entry)), weights.tensor(entry.foreign)
         if wanted.dtype != found.dtype or not torch.equal(_bytes(wanted), _bytes(found)):
             raise CheckpointError(f"{entry.foreign}: its bytes on the disk are not those of {entry.name}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from megads.checkpoint.hf import Family
+from megads.checkpoint.hf_names import Family
 from megads.config.model import ModelConfig
 from megads.model import gpt, llama
 from megads.model.family import ModelFamily

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from megads.checkpoint.hf import Family
+from megads.checkpoint.hf_names import Family
 from megads.config.model import ModelConfig
 from megads.layers.attention import AttentionSpec
 from megads.model.expert import complete_experts, describe_experts

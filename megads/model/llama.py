@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from megads.checkpoint.hf import Family, Row, require
+from megads.checkpoint.hf_names import Family, Row, require
 from megads.config.model import ModelConfig
 from megads.errors import CheckpointError
 from megads.model.family import ModelFamily

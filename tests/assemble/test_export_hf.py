@@ -21,6 +21,7 @@ from megads.assemble import export_hf as module
 from megads.assemble.compare import compare, sample_tokens
 from megads.assemble.export_hf import export_hf
 from megads.checkpoint import hf
+from megads.checkpoint.hf_names import Family
 from megads.checkpoint.store import Store
 from megads.config.load import dump
 from megads.data.tokenizer import open_tokenizer
@@ -168,7 +169,7 @@ def test_weights_can_be_rounded(tmp_path: Path, hf_tokenizer: Path) -> None:
     assert report.comparison.is_equal
 
 
-def swap_q_and_k(family: hf.Family) -> hf.Family:
+def swap_q_and_k(family: Family) -> Family:
     """q and k exchanged in the table (the same shape, so that only the logits tell)."""
     qkv = next(row for row in family.rows if row.name == "layers.*.attention.qkv.weight")
     q, k, v = qkv.parts
@@ -176,37 +177,37 @@ def swap_q_and_k(family: hf.Family) -> hf.Family:
     return replace(family, rows=rows)
 
 
-def swap_norms(family: hf.Family) -> hf.Family:
+def swap_norms(family: Family) -> Family:
     names = {"layers.*.attention_norm.weight": "layers.*.mlp_norm.weight"}
     names |= {new: old for old, new in names.items()}
     return replace(family, rows=tuple(replace(r, name=names.get(r.name, r.name)) for r in family.rows))
 
 
-def swap_gate_and_up(family: hf.Family) -> hf.Family:
+def swap_gate_and_up(family: Family) -> Family:
     rows = tuple(replace(r, parts=r.parts[::-1]) if "gate_up" in r.name else r for r in family.rows)
     return replace(family, rows=rows)
 
 
-def forget_transpose(name: str) -> Callable[[hf.Family], hf.Family]:
-    def change(family: hf.Family) -> hf.Family:
+def forget_transpose(name: str) -> Callable[[Family], Family]:
+    def change(family: Family) -> Family:
         rows = tuple(replace(r, is_transposed=False) if r.name == name else r for r in family.rows)
         return replace(family, rows=rows)
 
     return change
 
 
-def config_says(**values: object) -> Callable[[hf.Family], hf.Family]:
-    def change(family: hf.Family) -> hf.Family:
+def config_says(**values: object) -> Callable[[Family], Family]:
+    def change(family: Family) -> Family:
         return replace(family, to_config=lambda model: {**family.to_config(model), **values})
 
     return change
 
 
-def leave_out(name: str) -> Callable[[hf.Family], hf.Family]:
+def leave_out(name: str) -> Callable[[Family], Family]:
     return lambda family: replace(family, rows=tuple(row for row in family.rows if row.name != name))
 
 
-MUTATIONS: list[tuple[str, str, Callable[[hf.Family], hf.Family]]] = [
+MUTATIONS: list[tuple[str, str, Callable[[Family], Family]]] = [
     ("llama", "q and k", swap_q_and_k),
     ("llama", "gate and up", swap_gate_and_up),
     ("llama", "norms", swap_norms),
@@ -231,7 +232,7 @@ MUTATIONS: list[tuple[str, str, Callable[[hf.Family], hf.Family]]] = [
 def test_a_wrong_table_or_config_is_refused(
     family: str,
     what: str,
-    change: Callable[[hf.Family], hf.Family],
+    change: Callable[[Family], Family],
     tmp_path: Path,
     hf_tokenizer: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megads.checkpoint import hf
-from megads.checkpoint.hf import Row, Weights, check_names, check_values, grouped, match, write_weights
+from megads.checkpoint.hf import Weights, check_names, check_values, write_weights
+from megads.checkpoint.hf_names import Entry, Row, grouped, match
 from megads.checkpoint.store import Store
 from megads.errors import CheckpointError
 from megads.parallel.shard import Cut, ShardSpec
@@ -36,7 +37,7 @@ VALUES = {
 }
 
 
-def read(entry: hf.Entry) -> torch.Tensor:
+def read(entry: Entry) -> torch.Tensor:
     return VALUES[entry.name][entry.box.slices]
 
 
@@ -92,7 +93,7 @@ def test_every_dtype_keeps_its_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     odd = {name: (values * 1e-3).to(dtype) for name, values in VALUES.items()}
     odd["norm.weight"] = torch.tensor([float("nan"), -0.0, float("inf")], dtype=dtype)
 
-    def values(entry: hf.Entry) -> torch.Tensor:
+    def values(entry: Entry) -> torch.Tensor:
         return odd[entry.name][entry.box.slices]
 
     write_weights(tmp_path, ENTRIES, read=values, dtype=dtype, max_shard_bytes=200, store=Store())
@@ -110,7 +111,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
             log.append("write")
             return super().write(handle, data)
 
-    def logged(entry: hf.Entry) -> torch.Tensor:
+    def logged(entry: Entry) -> torch.Tensor:
         log.append("read")
         return read(entry)
 
