@@ -7,7 +7,8 @@
                  syncs the parent                                               the commit is safe: "saved"
 
 A crash at any point leaves either no `step-00000100`, or a complete one. Temporaries that a crash leaves are
-skipped by every reader and removed by the next save. No torch.
+skipped by every reader and removed by the next save. Rank 0 holds a lock on the directory meanwhile, so that two jobs
+do not take each other's temporaries for such. No torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,23 +82,24 @@ def commit_step(
         CheckpointError: on all ranks: `manifest` refused what the ranks have.
     """
     target = directory / step_name(step)
-    opened = control.broadcast(_open(directory, target, store) if control.rank == 0 else None)
-    _raise_on(opened, step)
-    temporary = directory / opened["temporary"]
-    report: dict[str, Any] = {}
-    for index in range(turn.count):
-        if index == turn.index:
-            report = _attempt(lambda: {"value": write(temporary)})
-        control.barrier()
-    reports = control.gather(report)
-    verdict = None
-    if reports is not None:
-        verdict = _first_failure(reports) or _attempt(
-            lambda: _commit(temporary, target, manifest([r["value"] for r in reports]), store)
-        )
-        if "failure" in verdict:
-            _discard(temporary, store)
-    _raise_on(control.broadcast(verdict), step)
+    with ExitStack() as held:
+        opened = control.broadcast(_open(directory, target, store, held) if control.rank == 0 else None)
+        _raise_on(opened, step)
+        temporary = directory / opened["temporary"]
+        report: dict[str, Any] = {}
+        for index in range(turn.count):
+            if index == turn.index:
+                report = _attempt(lambda: {"value": write(temporary)})
+            control.barrier()
+        reports = control.gather(report)
+        verdict = None
+        if reports is not None:
+            verdict = _first_failure(reports) or _attempt(
+                lambda: _commit(temporary, target, manifest([r["value"] for r in reports]), store)
+            )
+            if "failure" in verdict:
+                _discard(temporary, store)
+        _raise_on(control.broadcast(verdict), step)
     return target
 
 
@@ -111,11 +114,14 @@ def remove_temporaries(directory: Path, store: Store) -> None:
         _discard(directory / name, store)
 
 
-def _open(directory: Path, target: Path, store: Store) -> dict[str, Any]:
-    """Rank 0: make the temporary directory."""
+def _open(directory: Path, target: Path, store: Store, held: ExitStack) -> dict[str, Any]:
+    """Rank 0: keep other jobs out and make the temporary directory."""
 
     def make() -> dict[str, Any]:
         make_directories(store, directory)
+        lock = store.lock(directory)
+        if lock is not None:
+            held.callback(store.unlock, lock)
         if store.kind(target) != "missing":
             raise CheckpointError(f"{target}: is there already", do="move it away, or use another run.dir")
         remove_temporaries(directory, store)

@@ -6,6 +6,8 @@ an `OSError`.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterable
@@ -14,6 +16,9 @@ from typing import Literal
 
 Kind = Literal["file", "directory", "other", "missing"]
 Buffer = bytes | bytearray | memoryview
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system without locks answers."""
 
 WRITE_BYTES = 4 << 20
 """Bytes handed to the system at once: one call with 64 MiB took three times as long as sixteen of 4 MiB."""
@@ -102,6 +107,29 @@ class Store:
             raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             os.close(handle)
+
+    def lock(self, path: Path) -> int | None:
+        """A handle that keeps other processes out of directory `path` until it is closed, or the process ends.
+
+        None where the file system has no locks.
+
+        Raises:
+            BlockingIOError: another process holds it.
+        """
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in NO_LOCKS:
+                return None
+            reason = "another process saves there" if isinstance(error, BlockingIOError) else error.strerror
+            raise OSError(error.errno, reason, str(path)) from error
+        return handle
+
+    def unlock(self, handle: int) -> None:
+        """Let others in again."""
+        os.close(handle)
 
     def rename(self, source: Path, target: Path) -> None:
         """Atomic; it is an error if `target` is a directory with something in it."""

@@ -6,7 +6,6 @@ ends, however it ends, so there is no stale lock. The file stays, and names the 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -15,10 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megads.checkpoint.store import NO_LOCKS
 from megads.errors import ConfigError
 from megads.parallel.control import Control
-
-NOT_SUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 _log = logging.getLogger("megads.train")
 
@@ -62,7 +60,7 @@ def _take(directory: Path) -> tuple[int | None, str | None]:
         return None, holder or "no name yet"
     except OSError as error:
         os.close(descriptor)
-        if error.errno not in NOT_SUPPORTED:
+        if error.errno not in NO_LOCKS:
             raise
         _log.warning("%s: no file locks there (%s); do not start two jobs in it", directory, error.strerror)
         return None, None

@@ -119,6 +119,9 @@ class MemoryStore(Store):
 
         return MemoryStore(copy(self.root))
 
+    def lock(self, path: Path) -> None:
+        """There are no other processes."""
+
     def _change(self) -> None:
         if self.crash_at is not None and self.count >= self.crash_at:
             raise PowerCut

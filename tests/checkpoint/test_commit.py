@@ -120,7 +120,7 @@ def rename_first(temporary: Path, target: Path, manifest: bytes, store: Store) -
     return {}
 
 
-def in_place(directory: Path, target: Path, store: Store) -> dict[str, Any]:
+def in_place(directory: Path, target: Path, store: Store, held: object) -> dict[str, Any]:
     """Write under the final name from the start."""
     commit_module.make_directories(store, target)
     return {"temporary": target.name}
