@@ -19,6 +19,7 @@ from megads.assemble import (
     rules_layout,
     rules_memory,
     rules_optim,
+    rules_recipe,
     rules_schedule,
 )
 from megads.assemble.finding import Finding, Rule
@@ -33,6 +34,7 @@ RULES: tuple[Rule, ...] = (
     *rules_experts.RULES,
     *rules_data.RULES,
     *rules_optim.RULES,
+    *rules_recipe.RULES,
     *rules_checkpoint.RULES,
 )
 

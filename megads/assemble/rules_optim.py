@@ -17,26 +17,16 @@ def decay_goes_down(config: Config, world_size: int) -> Finding | None:
     return Finding("optim.min_lr", f"{min_lr} above optim.lr {lr}", f"at most {lr}")
 
 
-def constant_lr_has_no_end(config: Config, world_size: int) -> Finding | None:
-    optim = config.optim
-    if optim.decay != "constant" or (optim.decay_steps is None and optim.min_lr == 0.0):
-        return None
-    return Finding(
-        "optim.decay",
-        f"constant with optim.min_lr {optim.min_lr} and decay_steps {optim.decay_steps}, which it ignores",
-        "neither of them with constant",
-        "leave them out, or choose cosine or linear",
-    )
-
-
 def warmup_ends_before_decay(config: Config, world_size: int) -> Finding | None:
     optim = config.optim
-    key, last = ("run.steps", config.run.steps)
+    key, last, unit, warmup = ("run.steps", config.run.steps, "steps", optim.warmup_steps)
     if optim.decay_steps is not None:
         key, last = ("optim.decay_steps", optim.decay_steps)
-    if optim.warmup_steps < last:
+    elif optim.decay_tokens is not None and optim.warmup_tokens is not None:
+        key, last, unit, warmup = ("optim.decay_tokens", optim.decay_tokens, "tokens", optim.warmup_tokens)
+    if warmup < last:
         return None
-    return Finding("optim.warmup_steps", f"{optim.warmup_steps} of {key} {last}", f"at most {last - 1}")
+    return Finding(f"optim.warmup_{unit}", f"{warmup} of {key} {last}", f"at most {last - 1}")
 
 
 def stop_is_in_run(config: Config, world_size: int) -> Finding | None:
@@ -101,7 +91,6 @@ def deepspeed_keys_are_free(config: Config, world_size: int) -> Finding | None:
 
 RULES: tuple[Rule, ...] = (
     decay_goes_down,
-    constant_lr_has_no_end,
     warmup_ends_before_decay,
     stop_is_in_run,
     engine_has_stage,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Literal
 
+from annotated_types import MinLen
 from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megads.config.schedule import LengthConfig, PieceConfig, PlateauConfig, RestartsConfig, TailConfig
 from megads.config.section import section
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -24,10 +26,28 @@ class OptimConfig:
     """Learning rate at the end of the decay."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up from 0 to `optim.lr`."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the way from `optim.lr` down to `optim.min_lr`."""
+    warmup_tokens: PositiveInt | None = None
+    """The warm-up in tokens, instead of steps."""
+    decay: Literal[
+        "cosine", "linear", "constant", "cosine_restarts", "inverse_sqrt", "wsd", "pieces", "plateau"
+    ] = "cosine"
+    """What follows the warm-up. cosine, linear: down to `optim.min_lr`. cosine_restarts: one cosine after another
+    (`optim.restarts`). inverse_sqrt: lr x sqrt(t / (t + x)), x after the warm-up. wsd: `optim.lr`, and at the end a
+    tail (`optim.tail`). pieces: a list in tokens. plateau: lower when validation no longer improves."""
     decay_steps: PositiveInt | None = None
     """Step at which `optim.min_lr` is reached; null: `run.steps`."""
+    decay_tokens: PositiveInt | None = None
+    """Tokens read when `optim.min_lr` is reached, instead of a step."""
+    tail: TailConfig | None = None
+    """The decay of wsd, which ends where `decay_steps` or `decay_tokens` say: {shape, steps | tokens}."""
+    restarts: RestartsConfig | None = None
+    """The cycles of cosine_restarts: {steps | tokens, growth}."""
+    timescale: LengthConfig | None = None
+    """t of inverse_sqrt: {steps | tokens}; null: as long as the warm-up."""
+    pieces: Annotated[tuple[PieceConfig, ...], MinLen(1)] | None = None
+    """The pieces of the schedule, one after another: [{tokens, shape, lr}, ...]."""
+    plateau: PlateauConfig | None = None
+    """When plateau lowers the rate: {factor, patience, threshold, cooldown}; null: torch's defaults."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     eps: PositiveFloat = 1e-8
@@ -50,7 +70,7 @@ class OptimConfig:
     loss."""
     engine: Literal["native", "deepspeed"] = "native"
     """Optimizer engine. native: megads' own ZeRO, which needs torch alone. deepspeed: DeepSpeed's ZeRO-1 or ZeRO-2."""
-    zero_stage: Annotated[int, Field(ge=0, le=2)] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO stage: 0 keeps all optimizer state on each data-parallel rank, 1 shards it over them, 2 (deepspeed) also the
     gradients once they are reduced."""
     deepspeed: dict[str, JsonValue] = field(default_factory=dict)

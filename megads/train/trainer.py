@@ -35,7 +35,6 @@ from megads.data.sequence import Batch
 from megads.errors import NumericsError
 from megads.evaluate.generate import Generator, Sampling
 from megads.evaluate.perplexity import evaluate
-from megads.optim.schedule import learning_rate
 from megads.parallel.bootstrap import connect, device_of, disconnect
 from megads.parallel.control import Control
 from megads.parallel.mesh import Mesh, build_mesh
@@ -45,6 +44,7 @@ from megads.train import history as run_history
 from megads.train import state
 from megads.train.lock import locked
 from megads.train.metrics import expert_metrics, peak_memory, peak_tflops
+from megads.train.pace import Pace
 from megads.train.replica import check_replicas
 from megads.train.report import Reporter, short_names
 from megads.train.start import start_from
@@ -122,6 +122,7 @@ class Trainer:
         self._last_step = min(config.run.stop_after or config.run.steps, config.run.steps)
         self._ready = 0.0  # when the last step was known to be done, seconds of the clock
         self._stop = StopRequest()
+        self._pace = Pace(config)
 
     def run(self) -> bool:
         """Train from where the run stands to its last step; returns whether a signal stopped it before.
@@ -155,7 +156,7 @@ class Trainer:
         with bar, batches:
             for step in steps:
                 started = time.perf_counter()
-                lr = learning_rate(step, self._config.optim, total_steps=self._config.run.steps)
+                lr = self._pace.rate(step, history)
                 batch = batches.take(step)
                 self._check_batch(batch, first_step=done + 1, reads_tokens=loader.reads_tokens)
                 result = train_step(
@@ -205,6 +206,7 @@ class Trainer:
             step = resumed.reader.step
             saved = run_history.from_objects(resumed.reader.objects)
             self._engine.load_scalars(resumed.reader.objects["optim"])
+            self._pace.load(resumed.reader.objects.get("schedule", {}))
         elif started := start_from(
             config.checkpoint,
             self._engine,
@@ -291,7 +293,9 @@ class Trainer:
         self._judge(pending, loss=loss, norm=norm)
         record = self._record(pending, history, loss=loss, norm=norm, seconds=seconds)
         if self._is_due(pending.step, self._config.log.validate_every):
-            record |= self._validate()
+            losses = self._validate()
+            self._pace.observe(tuple(losses.values()), step=pending.step)
+            record |= losses
         self._report.step(record, is_shown=self._is_due(pending.step, self._config.log.every))
         if self._config.log.sample_every and self._is_due(pending.step, self._config.log.sample_every):
             self._sample(pending.step)
@@ -376,5 +380,6 @@ class Trainer:
             pieces=self._engine.state(),
             objects=state.objects(
                 self._config, history, engine=self._engine, tokenizer=self._source.tokenizer.fingerprint
-            ),
+            )
+            | {"schedule": self._pace.state()},
         )
