@@ -17,7 +17,8 @@ class StepReport:
 
     Attributes:
         grad_norm: global gradient norm before clipping, float64 scalar.
-        finite: bool scalar; False: a gradient was not finite and the step changed nothing.
+        finite: bool scalar; False: a gradient was not finite, and the step changed nothing.
+        taken: bool scalar; False: the step changed nothing, for that reason or because a guard did not admit it.
         loss_scale: of the next step, scalar.
         tallies: what layers counted in the step over all ranks (`parallel/tally.py`), [rows, columns] float64; no rows
             where nothing is counted.
@@ -25,8 +26,16 @@ class StepReport:
 
     grad_norm: Tensor
     finite: Tensor
+    taken: Tensor
     loss_scale: Tensor
     tallies: Tensor
+
+
+class Guard(Protocol):
+    """What may keep a step from being taken (`optim/guard.py`)."""
+
+    def admits(self, norm: Tensor) -> Tensor:
+        """Whether the step with this gradient norm is taken: bool scalar on the device, alike on all ranks."""
 
 
 class Engine(Protocol):
@@ -51,8 +60,8 @@ class Engine(Protocol):
     def reduce(self, stage: int) -> None:
         """Gradients of a stage are complete on this rank: sum them over the ranks that share them."""
 
-    def step(self, *, lr: float) -> StepReport:
-        """Clip, update, and make every rank's weights current."""
+    def step(self, *, lr: float, guard: Guard | None = None) -> StepReport:
+        """Clip, update, and make every rank's weights current, if gradients are finite and `guard` admits it."""
 
     def state(self) -> tuple[Piece, ...]:
         """What this rank saves: over all ranks every element of weights and optimizer state exactly once."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megads.config.optim import OptimConfig
 from megads.optim.clip import clip_factor, global_norm
-from megads.optim.engine import StepReport
+from megads.optim.engine import Guard, StepReport
 from megads.optim.precision import COMPUTE_DTYPES, LossScale
 from megads.optim.share import Share
 from megads.optim.update import FusedUpdate, Update
@@ -110,7 +110,7 @@ class NativeEngine:
         """Buckets whose reduction began inside the last backward of the last step."""
         return sum(reducer.num_early for reducer in self._reducers.values())
 
-    def step(self, *, lr: float) -> StepReport:
+    def step(self, *, lr: float, guard: Guard | None = None) -> StepReport:
         """Clip by the global norm and update; a step with a gradient that is not finite changes nothing."""
         for reducer in self._reducers.values():
             reducer.finish()
@@ -123,12 +123,13 @@ class NativeEngine:
         )
         norm = scaled_norm / self._scale.value
         finite = norm.isfinite()
+        taken = finite if guard is None else finite & guard.admits(norm)
         factor = clip_factor(norm, self._config.clip) / self._scale.value
         for update in self._updates:
-            update.step(lr=lr, factor=factor, finite=finite)
+            update.step(lr=lr, factor=factor, finite=taken)
         self._scale.update(finite)
         self._publish()
-        return StepReport(norm, finite, self._scale.value, self._tallies.finish(is_valid=finite))
+        return StepReport(norm, finite, taken, self._scale.value, self._tallies.finish(is_valid=taken))
 
     def _publish(self) -> None:
         """Bring every rank's weights up to the masters. Gathering goes on in the background."""
