@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megads.checkpoint.commit import is_temporary
+from megads.checkpoint.commit import is_temporary, is_uncommitted
 from megads.checkpoint.manifest import DamageError
 from megads.checkpoint.retention import damage, step_paths, steps_at
 from megads.checkpoint.store import Store
@@ -87,7 +87,8 @@ def choose(
 def _fresh(directory: Path, store: Store) -> Choice:
     """A fresh start, unless the directory holds something that is no step."""
     names = store.entries(directory) if store.kind(directory) == "directory" else []
-    strangers = [name for name in names if not name.startswith(".")]
+    unfinished = [n for n in names if is_temporary(n) or is_uncommitted(directory / n, store)]
+    strangers = [name for name in names if name not in unfinished and not name.startswith(".")]
     if strangers:
         raise CheckpointError(
             f"{directory}: holds no step, but is not empty",
@@ -95,7 +96,7 @@ def _fresh(directory: Path, store: Store) -> Choice:
             allowed="steps, or nothing",
             do="give a step by checkpoint.load=PATH, or start afresh by checkpoint.load=never",
         )
-    skipped = ", ".join(filter(is_temporary, names))
+    skipped = ", ".join(unfinished)
     rest = f" (skipped: {skipped}, from a save that was not completed)" if skipped else ""
     return Choice(None, is_own=True, sentence=f"a fresh start: no step in {directory}{rest}")
 

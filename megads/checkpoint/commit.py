@@ -6,6 +6,10 @@
                  renames .tmp-step-00000100-<nonce> to step-00000100            the commit
                  syncs the parent                                               the commit is safe: "saved"
 
+Where directories cannot be renamed (some mounted object stores) the temporary has the step's name from the start. A
+file `.uncommitted-step-00000100` beside it is there before it and goes after the manifest; with it and without a right
+manifest the directory is a temporary like any other.
+
 A crash at any point leaves either no `step-00000100`, or a complete one. Temporaries that a crash leaves are
 skipped by every reader and removed by the next save. Rank 0 holds a lock on the directory meanwhile, so that two jobs
 do not take each other's temporaries for such. No torch.
@@ -13,6 +17,7 @@ do not take each other's temporaries for such. No torch.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -24,11 +29,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megads.checkpoint.manifest import MANIFEST_NAME
-from megads.checkpoint.reader import step_name
+from megads.checkpoint.reader import open_step, step_name
 from megads.checkpoint.store import Store, describe_failure, make_directories, remove_tree, write_file
 from megads.errors import CheckpointError, SaveError
 
 TEMPORARY_PREFIX = ".tmp-"
+MARKER_PREFIX = ".uncommitted-"
+NO_RENAME = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
+"""What a file system that cannot rename directories answers."""
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +106,7 @@ def commit_step(
                 lambda: _commit(temporary, target, manifest([r["value"] for r in reports]), store)
             )
             if "failure" in verdict:
-                _discard(temporary, store)
+                (_clear if temporary == target else _discard)(temporary, store)
         _raise_on(control.broadcast(verdict), step)
     return target
 
@@ -108,10 +116,39 @@ def is_temporary(name: str) -> bool:
     return name.startswith(TEMPORARY_PREFIX)
 
 
+def is_uncommitted(path: Path, store: Store) -> bool:
+    """Whether a directory with a step's name is what an unfinished save left: marked, and without a right manifest."""
+    if store.kind(_marker(path)) != "file":
+        return False
+    try:
+        open_step(path, store=store)
+    except CheckpointError:
+        return True
+    return False
+
+
 def remove_temporaries(directory: Path, store: Store) -> None:
     """Remove what unfinished saves and deletions left; a failure is a warning."""
-    for name in filter(is_temporary, store.entries(directory)):
-        _discard(directory / name, store)
+    for name in store.entries(directory):
+        if is_temporary(name):
+            _discard(directory / name, store)
+        elif name.startswith(MARKER_PREFIX):
+            _clear(directory / name.removeprefix(MARKER_PREFIX), store)
+
+
+def _marker(step: Path) -> Path:
+    return step.with_name(MARKER_PREFIX + step.name)
+
+
+def _clear(step: Path, store: Store) -> None:
+    """Remove a step that was written in place and not committed, then its mark; a committed one loses the mark."""
+    try:
+        if is_uncommitted(step, store) and store.kind(step) != "missing":
+            remove_tree(store, step)
+            store.sync_directory(step.parent)  # without its mark it would be a damaged step
+        store.unlink(_marker(step))
+    except OSError as error:
+        _log.warning("cannot remove %s: %s", step, describe_failure(error))
 
 
 def _open(directory: Path, target: Path, store: Store, held: ExitStack) -> dict[str, Any]:
@@ -122,20 +159,45 @@ def _open(directory: Path, target: Path, store: Store, held: ExitStack) -> dict[
         lock = store.lock(directory)
         if lock is not None:
             held.callback(store.unlock, lock)
+        remove_temporaries(directory, store)
         if store.kind(target) != "missing":
             raise CheckpointError(f"{target}: is there already", do="move it away, or use another run.dir")
-        remove_temporaries(directory, store)
         temporary = directory / f"{TEMPORARY_PREFIX}{target.name}-{os.urandom(4).hex()}"
         store.make_directory(temporary)
+        if not _can_rename(temporary, store):
+            _log.warning("%s: directories cannot be renamed there; steps are written in place", directory)
+            _discard(temporary, store)
+            temporary = target
+            write_file(store, _marker(target), blocks=[b"the save is not complete\n"])
+            store.sync_directory(directory)
+            store.make_directory(target)
+            store.sync_directory(directory)
         return {"temporary": temporary.name}
 
     return _attempt(make)
+
+
+def _can_rename(directory: Path, store: Store) -> bool:
+    """Whether the file system renames directories, tried on this empty one."""
+    other = directory.with_name(f"{directory.name}-renamed")
+    try:
+        store.rename(directory, other)
+    except OSError as error:
+        if error.errno in NO_RENAME:
+            return False
+        _discard(directory, store)
+        raise
+    store.rename(other, directory)
+    return True
 
 
 def _commit(temporary: Path, target: Path, manifest: bytes, store: Store) -> dict[str, Any]:
     """Rank 0: all chunks are safe; make the step exist."""
     write_file(store, temporary / MANIFEST_NAME, blocks=[manifest])
     store.sync_directory(temporary)
+    if temporary == target:
+        store.unlink(_marker(target))
+        return {}
     store.rename(temporary, target)
     try:
         store.sync_directory(target.parent)

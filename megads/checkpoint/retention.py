@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megads.checkpoint.commit import TEMPORARY_PREFIX
+from megads.checkpoint.commit import TEMPORARY_PREFIX, is_uncommitted
 from megads.checkpoint.manifest import MANIFEST_NAME, DamageError
 from megads.checkpoint.reader import STEP_NAME, StepReader, open_step
 from megads.checkpoint.store import Store, describe_failure, remove_tree
@@ -17,7 +17,8 @@ _log = logging.getLogger(__name__)
 
 
 def step_paths(directory: Path, *, store: Store) -> list[Path]:
-    """Everything that has a step's name, damaged or not, newest first; none if the directory is missing.
+    """Everything that has a step's name, damaged or not, newest first; none if the directory is missing. What an
+    unfinished save left is none.
 
     Raises:
         CheckpointError: it is no directory.
@@ -29,7 +30,8 @@ def step_paths(directory: Path, *, store: Store) -> list[Path]:
     if kind != "directory":
         raise CheckpointError(f"{directory}: not a directory", found=kind, allowed="a directory of steps")
     names = [name for name in store.entries(directory) if STEP_NAME.fullmatch(name)]
-    return [directory / name for name in sorted(names, key=lambda name: (len(name), name), reverse=True)]
+    paths = [directory / name for name in sorted(names, key=lambda name: (len(name), name), reverse=True)]
+    return [path for path in paths if not is_uncommitted(path, store)]
 
 
 def committed_steps(directory: str | Path, *, store: Store | None = None) -> list[Path]:

@@ -81,8 +81,9 @@ class _Directory:
 class MemoryStore(Store):
     """A file system in memory that dies at change number `crash_at`, half-way if that is a write."""
 
-    def __init__(self, root: _Directory | None = None) -> None:
+    def __init__(self, root: _Directory | None = None, *, renames: bool = True) -> None:
         self.root = root or _Directory()
+        self.renames = renames  # whether directories can be renamed
         self.count = 0
         self.crash_at: int | None = None
         self._handles: dict[int, _File] = {}
@@ -117,7 +118,7 @@ class MemoryStore(Store):
                     result.names[name] = result.safe[name] = copy(child)
             return result
 
-        return MemoryStore(copy(self.root))
+        return MemoryStore(copy(self.root), renames=self.renames)
 
     def lock(self, path: Path) -> None:
         """There are no other processes."""
@@ -202,6 +203,8 @@ class MemoryStore(Store):
             node.safe = dict(node.names)
 
     def rename(self, source: Path, target: Path) -> None:
+        if not self.renames:
+            raise OSError(errno.ENOSYS, "not supported", str(source))
         with self._lock:
             self._change()
             self._add(target, self._node(source))

@@ -59,14 +59,14 @@ def loaded_step(store: Store) -> int | None:
     return reader.step
 
 
-def search(ranks: int, seeds: int = 3) -> Iterator[str]:
+def search(ranks: int, seeds: int = 3, *, renames: bool = True) -> Iterator[str]:
     """What goes wrong, over every place to die and every survival."""
-    clean = MemoryStore()
+    clean = MemoryStore(renames=renames)
     save_state(clean, 1, ranks)
     first = clean.count
     save_state(clean, 2, ranks)
     for crash_at in range(clean.count + 1):
-        store = MemoryStore()
+        store = MemoryStore(renames=renames)
         store.crash_at = crash_at
         returned = 0
         while returned < 2 and save_state(store, returned + 1, ranks):
@@ -92,8 +92,9 @@ def after_crash(store: MemoryStore, returned: int, ranks: int) -> str | None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_no_crash_loses_or_tears_a_step(ranks: int) -> None:
-    assert list(search(ranks)) == []
+@pytest.mark.parametrize("renames", [True, False])
+def test_no_crash_loses_or_tears_a_step(ranks: int, renames: bool) -> None:
+    assert list(search(ranks, renames=renames)) == []
 
 
 def no_sync(self: MemoryStore, handle: int) -> None:
@@ -120,10 +121,25 @@ def rename_first(temporary: Path, target: Path, manifest: bytes, store: Store) -
     return {}
 
 
-def in_place(directory: Path, target: Path, store: Store, held: object) -> dict[str, Any]:
-    """Write under the final name from the start."""
+def marker_first(temporary: Path, target: Path, manifest: bytes, store: Store) -> dict[str, Any]:
+    """Call the step committed before its manifest is there."""
+    store.unlink(target.with_name(commit_module.MARKER_PREFIX + target.name))
+    store.sync_directory(target.parent)
+    write_file(store, target / MANIFEST_NAME, blocks=[manifest])
+    store.sync_directory(target)
+    return {}
+
+
+def unmarked(directory: Path, target: Path, store: Store, held: object) -> dict[str, Any]:
+    """Write under the final name, and say it only in the end."""
     commit_module.make_directories(store, target)
     return {"temporary": target.name}
+
+
+def marked_late(temporary: Path, target: Path, manifest: bytes, store: Store) -> dict[str, Any]:
+    write_file(store, target / MANIFEST_NAME, blocks=[manifest])
+    store.sync_directory(target)
+    return {}
 
 
 BROKEN: dict[str, list[tuple[object, str, Callable[..., Any]]]] = {
@@ -138,10 +154,7 @@ BROKEN: dict[str, list[tuple[object, str, Callable[..., Any]]]] = {
         (MemoryStore, "sync_directory", no_directory_sync(lambda p: p in DIRECTORY.parents))
     ],
     "rename before the manifest": [(commit_module, "_commit", rename_first)],
-    "no temporary": [
-        (commit_module, "_open", in_place),
-        (MemoryStore, "rename", lambda *_: None),
-    ],
+    "no temporary": [(commit_module, "_open", unmarked), (commit_module, "_commit", marked_late)],
 }
 
 
@@ -150,6 +163,11 @@ def test_a_broken_protocol_is_caught(name: str, monkeypatch: pytest.MonkeyPatch)
     for replaced in BROKEN[name]:
         monkeypatch.setattr(*replaced)
     assert next(search(1, seeds=1), None) is not None
+
+
+def test_a_marker_that_goes_before_the_manifest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit_module, "_commit", marker_first)
+    assert next(search(1, seeds=1, renames=False), None) is not None
 
 
 def test_a_manifest_before_the_chunks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
