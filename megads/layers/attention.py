@@ -113,7 +113,7 @@ class SelfAttention(torch.nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self._rope is not None:
             angles = rotary_angles(batch.positions, self._rope, dim=self._dim)
-            q, k = rotary(q, angles), rotary(k, angles)
+            q, k = (rotary(x, angles, rope=self._rope) for x in (q, k))
             v = v.contiguous()  # as a part of `fused` it would keep q and k as they were before
         attended = context_attention(
             q,

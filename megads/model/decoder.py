@@ -18,6 +18,7 @@ from megads.data.sequence import Batch
 from megads.layers.attention import SelfAttention
 from megads.layers.dropout import HiddenDropout
 from megads.layers.embedding import PositionEmbedding, VocabParallelEmbedding, VocabParallelHead
+from megads.layers.mla import LatentAttention, MLASpec
 from megads.layers.mlp import GeluMLP, SwiGLUMLP
 from megads.layers.moe import MixtureOfExperts
 from megads.layers.norm import LayerNorm, RMSNorm
@@ -134,7 +135,7 @@ def make_layer(
     output_std = spec.init_std / (2 * spec.layers) ** 0.5
     return TransformerBlock(
         scope,
-        attention=make_attention(scope.child("attention"), spec, output_std=output_std),
+        attention=make_attention(scope.child("attention"), spec, output_std=output_std, memory=memory),
         mlp=make_mlp(scope.child("mlp"), spec, number=number, output_std=output_std, memory=memory),
         attention_norm=make_norm(scope.child("attention_norm"), spec),
         mlp_norm=make_norm(scope.child("mlp_norm"), spec),
@@ -144,8 +145,21 @@ def make_layer(
     )
 
 
-def make_attention(scope: Scope, spec: DecoderSpec, *, output_std: float) -> torch.nn.Module:
+def make_attention(
+    scope: Scope, spec: DecoderSpec, *, output_std: float, memory: Memory
+) -> SelfAttention | LatentAttention:
     """The attention of a layer."""
+    if isinstance(spec.attention, MLASpec):
+        return LatentAttention(
+            scope,
+            spec.hidden,
+            spec.attention,
+            rope=spec.rope,
+            dropout=spec.attention_dropout,
+            init_std=spec.init_std,
+            output_std=output_std,
+            keeps_norms=not memory.recomputes("norm"),
+        )
     return SelfAttention(
         scope,
         spec.hidden,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megads.layers.attention import AttentionSpec
+from megads.layers.mla import MLASpec
 from megads.layers.router import MoESpec
 from megads.objective.language import LANGUAGE, ObjectiveSpec
 from megads.ops.rope import RopeSpec
@@ -32,7 +33,7 @@ class DecoderSpec:
     layers: int
     hidden: int
     vocab: int
-    attention: AttentionSpec
+    attention: AttentionSpec | MLASpec
     rope: RopeSpec | None
     max_positions: int
     ffn: int

@@ -196,7 +196,8 @@ def _draw_rotary(shape: Shape) -> tuple[Tensor, ...]:
 
 
 def _run_rotary(x: Tensor, positions: Tensor) -> tuple[Tensor]:
-    return (rotary(x, rotary_angles(positions, RopeSpec(1e4), dim=x.shape[-1])),)
+    rope = RopeSpec(1e4)
+    return (rotary(x, rotary_angles(positions, rope, dim=x.shape[-1]), rope=rope),)
 
 
 def _define_rotary(x: Tensor, positions: Tensor) -> tuple[Tensor]:
