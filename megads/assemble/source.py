@@ -103,12 +103,18 @@ def warn_of_order(source: Source) -> None:
 
 
 def wanted_history(
-    config: Config, corpora: Sequence[Corpus], *, saved: Sequence[Segment], first_step: int
+    config: Config,
+    corpora: Sequence[Corpus],
+    *,
+    saved: Sequence[Segment],
+    first_step: int,
+    skipped_tokens: int = 0,
 ) -> tuple[Segment, ...]:
     """The history of the whole run: what was `saved`, then from `first_step` on what the config asks for.
 
     Args:
         corpora: those of `data.train`, in its order.
+        skipped_tokens: what no step reads before step `first_step`.
 
     Raises:
         DataError: the run cannot go on from `saved`.
@@ -135,6 +141,7 @@ def wanted_history(
         ramp=ramp_of(config.batch),
         curriculum=curriculum_of(config.data),
         last_step=config.run.steps,
+        skipped_tokens=skipped_tokens,
     )
 
 

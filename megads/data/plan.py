@@ -54,13 +54,20 @@ class Ramp:
 
 
 def plan_history(
-    history: Sequence[Segment], wanted: Segment, *, ramp: Ramp, curriculum: Curriculum, last_step: int
+    history: Sequence[Segment],
+    wanted: Segment,
+    *,
+    ramp: Ramp,
+    curriculum: Curriculum,
+    last_step: int,
+    skipped_tokens: int = 0,
 ) -> tuple[Segment, ...]:
     """The history from step `wanted.first_step` to `last_step`, with a row for each change of the config's schedules.
 
     Args:
         history: what was read before; later rows are planned anew.
         wanted: its batch size and sequence length are replaced by those of the schedules.
+        skipped_tokens: of the mix, that no step reads before it goes on; rounded up to whole samples.
 
     Raises:
         DataError: as `extend_history`.
@@ -76,7 +83,10 @@ def plan_history(
             sequence_length=curriculum.length(step),
         )
 
-    rows = list(extend_history(history, row(step, tokens)))
+    first = row(step, tokens)
+    if skipped_tokens:
+        first = replace(first, skipped=((0, -(-skipped_tokens // first.sequence_length)),))
+    rows = list(extend_history(history, first))
     while True:
         segment = rows[-1]
         a_step = segment.batch_size * segment.sequence_length

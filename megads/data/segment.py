@@ -194,7 +194,7 @@ class Segment:
 
     def shares(self, step: int) -> tuple[CorpusShare, ...]:
         """Each corpus as it stands when `step` (>= first_step) begins."""
-        num_samples = self._num_samples(step)
+        num_samples = self.num_samples(step)
         blend = self.blend()
         before, after = blend.counts(self.num_mixed), blend.counts(self.num_mixed + num_samples)
         return tuple(
@@ -223,8 +223,12 @@ class Segment:
         shares += [replace(share, weight=0.0) for name, share in stood.items() if name not in present]
         aligned = [share.aligned(wanted.sequence_length, wanted.page) for share in shares]
         same_mix = self._weights() == tuple((share.fingerprint, share.weight) for share in shares)
-        num_mixed = self.num_mixed + self._num_samples(wanted.first_step) if same_mix else 0
+        num_mixed = self.num_mixed + self.num_samples(wanted.first_step) if same_mix else 0
         return replace(wanted, corpora=tuple(aligned), num_mixed=num_mixed)
+
+    def num_samples(self, step: int) -> int:
+        """Samples of the segment that the steps before `step` read or skipped."""
+        return int(self.samples(step, start=0, stop=1)[0])
 
     def goes_on_as(self, wanted: Segment) -> bool:
         """Whether steps of `wanted`, which follows this segment, read what this segment would read."""
@@ -235,10 +239,6 @@ class Segment:
 
     def _weights(self) -> tuple[tuple[str, float], ...]:
         return tuple((share.fingerprint, share.weight) for share in self.corpora)
-
-    def _num_samples(self, step: int) -> int:
-        """Samples of the segment that the steps before `step` read or skipped."""
-        return int(self.samples(step, start=0, stop=1)[0])
 
     def _unskipped(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         for start, stop in self.skipped:
@@ -265,6 +265,18 @@ def tokens_by(history: Sequence[Segment], step: int) -> int:
         following = history[number + 1].first_step if number + 1 < len(history) else step + 1
         num_steps = min(following, step + 1) - segment.first_step
         total += max(0, num_steps) * segment.batch_size * segment.sequence_length
+    return total
+
+
+def stream_tokens(history: Sequence[Segment], steps: range) -> int:
+    """Tokens of the corpora that `steps` read or that were skipped before them: what lies between two places."""
+    total = 0
+    for number, segment in enumerate(history):
+        following = history[number + 1].first_step if number + 1 < len(history) else steps.stop
+        first, stop = max(steps.start, segment.first_step), min(steps.stop, following)
+        if first < stop:
+            before = 0 if first == segment.first_step else segment.num_samples(first)
+            total += (segment.num_samples(stop) - before) * segment.sequence_length
     return total
 
 

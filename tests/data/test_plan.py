@@ -5,12 +5,20 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megads.data.curriculum import Constant, Curriculum, Discrete, Root
 from megads.data.plan import Ramp, plan_history
-from megads.data.segment import CorpusShare, Segment, extend_history, segment_at, tokens_by
+from megads.data.segment import (
+    CorpusShare,
+    Segment,
+    extend_history,
+    segment_at,
+    stream_tokens,
+    tokens_by,
+)
 
 WANTED = Segment(1, 99, 99, 16, (CorpusShare("a", "print a", 0.7), CorpusShare("b", "print b", 0.3)))
 
@@ -68,3 +76,46 @@ def test_the_ramp_of_deepseek_v3() -> None:
     last = history[-1].first_step
     tokens = tokens_by(history, last - 1)
     assert tokens - segment_at(history, last - 1).batch_size * 4096 < 469_000_000_000 <= tokens
+
+
+def read(history: tuple[Segment, ...], steps: range) -> list[tuple[str, int]]:
+    """Corpus and first token of every sample that steps read, in order."""
+    found = []
+    for step in steps:
+        segment = segment_at(history, step)
+        assigned = segment.assign(segment.samples(step, start=0, stop=segment.batch_size))
+        for corpus, index in zip(assigned.corpus.tolist(), assigned.index.tolist(), strict=True):
+            share = segment.corpora[corpus]
+            ((start, _),) = share.stretches(index, segment.sequence_length)
+            found.append((share.fingerprint, start))
+    return found
+
+
+def roll_back(history: tuple[Segment, ...], ramp: Ramp, *, to: int, spike: int) -> tuple[Segment, ...]:
+    """The history of a run that went back to step `to` because of step `spike`."""
+    skipped = stream_tokens(history, range(to + 1, spike + 1))
+    wanted = replace(WANTED, first_step=to + 1)
+    kept = tuple(segment for segment in history if segment.first_step <= to)
+    return plan_history(
+        kept, wanted, ramp=ramp, curriculum=Constant(16), last_step=60, skipped_tokens=skipped
+    )
+
+
+@pytest.mark.parametrize("ramp", [Ramp(((0, 5),)), Ramp(((0, 2), (130, 3), (400, 8)))], ids=["flat", "ramp"])
+def test_after_a_rollback_the_stream_goes_on_behind_what_is_left_out(ramp: Ramp) -> None:
+    straight = plan((), ramp, Constant(16), 1)
+    once = roll_back(straight, ramp, to=4, spike=9)
+    assert read(once, range(1, 5)) == read(straight, range(1, 5))
+    behind = read(straight, range(10, 40))
+    assert read(once, range(5, 12)) == behind[: len(read(once, range(5, 12)))]
+    assert sum(bool(segment.skipped) for segment in once) == 1
+    # again to the same step: what the first rollback left out stays out
+    twice = roll_back(once, ramp, to=4, spike=6)
+    rest = read(once, range(7, 40))
+    assert read(twice, range(5, 12)) == rest[: len(read(twice, range(5, 12)))]
+    # and later: a resumed run keeps the row
+    later = roll_back(twice, ramp, to=8, spike=8)
+    assert read(later, range(1, 9)) == read(twice, range(1, 9))
+    assert plan(later, ramp, Constant(16), 30) == later
+    taken = [*read(later, range(1, 40))]
+    assert len(set(taken)) == len(taken)
