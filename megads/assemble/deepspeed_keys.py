@@ -11,7 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 _ONE_COUNT = "the loss is divided once, by the global count of tokens"
-_NO_OFFLOAD = "optimizer state stays where the update runs"
+_OFFLOAD = "zero_optimization.offload_optimizer or offload_param"
+_GATHER = "megads gathers weights block by block"
+_UNSEEN = "DeepSpeed does not see the model"
+_EXACT = "a layout changes nothing but speed and memory"
 
 OWNED: Mapping[str, str] = MappingProxyType(
     {
@@ -31,13 +34,31 @@ OWNED: Mapping[str, str] = MappingProxyType(
         "torch_autocast": "optim.precision",
         "data_types": "optim.precision",
         "zero_allow_untested_optimizer": "optim.name",
+        "zero_force_ds_cpu_optimizer": "torch's fused kernels update on the host too",
         "zero_optimization.stage": "optim.zero_stage",
         "zero_optimization.reduce_bucket_size": "optim.bucket_elements",
         "zero_optimization.compute_grad_norm": "megads computes the norm that it clips by",
         "zero_optimization.round_robin_gradients": "checkpoints need parameters in their order",
-        "zero_optimization.offload_optimizer": _NO_OFFLOAD,
-        "zero_optimization.cpu_offload": _NO_OFFLOAD,
-        "zero_optimization.zenflow": _NO_OFFLOAD,
+        "zero_optimization.cpu_offload": _OFFLOAD,
+        "zero_optimization.cpu_offload_param": _OFFLOAD,
+        "zero_optimization.cpu_offload_use_pin_memory": _OFFLOAD,
+        "zero_optimization.zenflow": _OFFLOAD,
+        "zero_optimization.stage3_param_persistence_threshold": _GATHER,
+        "zero_optimization.stage3_model_persistence_threshold": _GATHER,
+        "zero_optimization.stage3_prefetch_bucket_size": _GATHER,
+        "zero_optimization.stage3_max_live_parameters": _GATHER,
+        "zero_optimization.stage3_max_reuse_distance": _GATHER,
+        "zero_optimization.stage3_module_granularity_threshold": _GATHER,
+        "zero_optimization.stage3_use_all_reduce_for_fetch_params": _GATHER,
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save": "tools/convert_checkpoint.py --to hf",
+        "zero_optimization.allgather_sequential": _GATHER,
+        "zero_optimization.leaf_module": _GATHER,
+        "zero_optimization.zero_hpz_partition_size": _GATHER,
+        "zero_optimization.mics_shard_size": _GATHER,
+        "zero_optimization.mics_hierarchical_params_gather": _GATHER,
+        "zero_optimization.zero_quantized_weights": _EXACT,
+        "zero_optimization.zero_quantized_nontrainable_weights": _EXACT,
+        "zero_optimization.zero_quantized_gradients": _EXACT,
         "activation_checkpointing": "parallel.recompute",
         "pipeline": "parallel.pipeline and parallel.schedule",
         "tensor_parallel": "parallel.tensor",
@@ -45,9 +66,13 @@ OWNED: Mapping[str, str] = MappingProxyType(
         "expert_parallel": "megads lays out the ranks",
         "elasticity": "a checkpoint loads under any number of ranks",
         "checkpoint": "checkpoint.*",
-        "compile": "DeepSpeed does not see the model",
-        "compression_training": "DeepSpeed does not see the model",
-        "flops_profiler": "DeepSpeed does not see the model; metrics.jsonl has model_tflops",
+        "compile": _UNSEEN,
+        "compression_training": _UNSEEN,
+        "eigenvalue": _UNSEEN,
+        "progressive_layer_drop": _UNSEEN,
+        "hybrid_engine": _UNSEEN,
+        "sparse_attention": _UNSEEN,
+        "flops_profiler": f"{_UNSEEN}; metrics.jsonl has model_tflops",
         "autotuning": "megads fixes the batch and the ZeRO stage",
         "data_efficiency": "data.*",
         "curriculum_learning": "data.*",

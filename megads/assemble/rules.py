@@ -15,6 +15,7 @@ from megads.assemble import (
     rules_checkpoint,
     rules_context,
     rules_data,
+    rules_engine,
     rules_experts,
     rules_layout,
     rules_memory,
@@ -34,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     *rules_experts.RULES,
     *rules_data.RULES,
     *rules_optim.RULES,
+    *rules_engine.RULES,
     *rules_recipe.RULES,
     *rules_checkpoint.RULES,
 )

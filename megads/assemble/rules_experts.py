@@ -1,4 +1,4 @@
-"""Cross-checks of experts: their numbers and widths against each other, the expert grid, balance and engine.
+"""Cross-checks of experts: their numbers and widths against each other, the expert grid and balance.
 
 One small pure function a rule; `rules.py` joins the tables.
 """
@@ -217,18 +217,6 @@ def shared_experts_fill_tensor(config: Config, world_size: int) -> Finding | Non
     )
 
 
-def experts_have_engine(config: Config, world_size: int) -> Finding | None:
-    if config.model.experts is None or config.optim.engine == "native":
-        return None
-    stage = 1 if config.optim.zero_stage else 0
-    return Finding(
-        "optim.engine",
-        f"{config.optim.engine} with model.experts {config.model.experts}: DeepSpeed has one data-parallel group for "
-        "all parameters, and experts are copied over fewer ranks than the rest",
-        f"native, with optim.zero_stage 0 or 1 (nearest: {stage})",
-    )
-
-
 RULES: tuple[Rule, ...] = (
     expert_keys_have_experts,
     experts_are_swiglu,
@@ -242,5 +230,4 @@ RULES: tuple[Rule, ...] = (
     expert_grid_fills_stage,
     expert_ffn_fills_tensor,
     shared_experts_fill_tensor,
-    experts_have_engine,
 )

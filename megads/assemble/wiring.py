@@ -18,7 +18,7 @@ from megads.model.catalog import complete, describe
 from megads.model.decoder import make_blocks
 from megads.model.spec import DecoderSpec
 from megads.objective.language import ObjectiveSpec
-from megads.optim.deepspeed_zero import DeepSpeedEngine
+from megads.optim.deepspeed_engine import DeepSpeedEngine
 from megads.optim.engine import Engine
 from megads.optim.precision import initial_dtype
 from megads.optim.zero import NativeEngine
@@ -175,7 +175,8 @@ def build_executors(config: Config, model: Model, *, mesh: Mesh) -> Executors:
     num_micro_batches = rows_of(config, mesh) // config.batch.micro
     schedule = schedule_of(config.parallel, num_micro_batches=num_micro_batches)
     pipeline = mesh.group("pp")
-    in_steps = any(isinstance(cell, Overlap) for cell in schedule.rows[pipeline.rank])
+    is_gathered = config.optim.engine == "deepspeed" and config.optim.zero_stage == 3
+    in_steps = is_gathered or any(isinstance(cell, Overlap) for cell in schedule.rows[pipeline.rank])
     stages = {
         number: Stage(number, list(blocks), queue=model.queue, in_steps=in_steps)
         for number, blocks in model.stages.items()

@@ -95,10 +95,14 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "curriculum_fills_ranks": (["data.curriculum={kind: fixed_linear, start: 3, steps: 4, unit: 1}", "parallel.tensor=2", "parallel.sequence=true"], 2, "data.curriculum", ["a length of 5 tokens", "multiples of 2", "unit=2"], ["data.curriculum={kind: fixed_linear, start: 3, steps: 4, unit: 2}"]),
     "rows_hold_documents": (["data.packing=best_fit"], 1, "data.packing", ["best_fit with document_mask false"], ["data.document_mask=true"]),
     "rows_are_pages": (["data.packing=best_fit", "data.document_mask=true", "data.page=4"], 1, "data.page", ["4 with data.packing best_fit", "8, or null"], ["data.page=8"]),
-    "engine_has_stage": (["optim.zero_stage=2"], 2, "optim.zero_stage", ["2 with optim.engine native", "0 or 1 with native", "optim.engine=deepspeed has it"], ["optim.engine=deepspeed"]),
+    "engine_has_stage": (["optim.zero_stage=3"], 2, "optim.zero_stage", ["3 with optim.engine native", "with native", "optim.engine=deepspeed has it"], ["optim.engine=deepspeed"]),
     "engine_has_precision": (["optim.engine=deepspeed", "optim.zero_stage=1", "optim.precision=fp64"], 2, "optim.precision", ["fp64 with optim.engine deepspeed", "fp32, bf16, or fp16"], ["optim.precision=bf16"]),
     "deepspeed_keys_have_reader": (["optim.deepspeed={comms_logger: {enabled: true}}"], 1, "optim.deepspeed", ["comms_logger with optim.engine native"], ["optim.deepspeed={}"]),
     "deepspeed_keys_are_free": (["optim.engine=deepspeed", "optim.zero_stage=1", "optim.deepspeed={gradient_clipping: 1.0, zero_optimization: {stage: 1}}"], 1, "optim.deepspeed", ["gradient_clipping, zero_optimization.stage, which megads sets", "instead of gradient_clipping: optim.clip"], ["optim.deepspeed={zero_optimization: {overlap_comm: true}}"]),
+    "gathered_weights_have_one_stage": (["optim.engine=deepspeed", "optim.zero_stage=3", "parallel.pipeline=2"], 2, "optim.zero_stage", ["3 with parallel.pipeline 2", "optim.zero_stage=2 keeps weights whole"], ["optim.zero_stage=2"]),
+    "gathered_weights_have_whole_backwards": (["optim.engine=deepspeed", "optim.zero_stage=3", "parallel.schedule=zero_bubble_h1"], 1, "parallel.schedule", ["zero_bubble_h1 with optim.zero_stage 3", "gpipe or one_f_one_b"], ["parallel.schedule=gpipe"]),
+    "offload_is_to_host": (["optim.engine=deepspeed", "optim.zero_stage=3", "optim.deepspeed={zero_optimization: {offload_optimizer: {device: nvme}}}"], 1, "optim.deepspeed", ["zero_optimization.offload_optimizer: {'device': 'nvme'}", "state in memory", "device: cpu"], ["optim.deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"]),
+    "offload_has_stage": (["optim.engine=deepspeed", "optim.zero_stage=2", "optim.deepspeed={zero_optimization: {offload_param: {device: cpu}}}"], 1, "optim.deepspeed", ["offload_param with optim.zero_stage 2", "weights are whole", "optim.zero_stage 3"], ["optim.zero_stage=3"]),
 }  # fmt: skip
 
 

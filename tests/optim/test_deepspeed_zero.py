@@ -25,7 +25,7 @@ from megads.assemble.wiring import build_engine, build_executors, build_model, l
 from megads.config.optim import OptimConfig  # noqa: E402
 from megads.config.root import Config  # noqa: E402
 from megads.errors import ConfigError  # noqa: E402
-from megads.optim import deepspeed_zero  # noqa: E402
+from megads.optim import deepspeed_engine, deepspeed_twin, deepspeed_zero  # noqa: E402
 from megads.optim.engine import Engine  # noqa: E402
 from megads.parallel.mesh import build_mesh  # noqa: E402
 from tests.parity.harness import (  # noqa: E402
@@ -217,7 +217,7 @@ def _optim(**changes: Any) -> OptimConfig:
     return replace(make_config(TIED, replace(DS, zero=2), precision="bf16").optim, **changes)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_what_the_engine_writes_the_user_may_not(precision: Any, zero_stage: int) -> None:
     """Every key of the configuration that the user did not give is refused from a user, but for one default."""
@@ -241,7 +241,7 @@ def test_keys_of_the_user_reach_deepspeed() -> None:
         model = build_model(config, mesh, vocab=VOCAB)
         engine: Any = build_engine(config, model, mesh=mesh)
         executor = build_executors(config, model, mesh=mesh).train
-        inner = engine._engine.optimizer
+        inner = engine._twins._engine.optimizer
         return inner.communication_data_type, inner.overlap_comm, _train(engine, executor, mesh, range(1, 4))
 
     dtype, overlaps, losses = run_ranks(work, 2)[0]
@@ -268,7 +268,7 @@ def test_a_key_that_deepspeed_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -
 def test_deepspeed_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
     with pytest.raises(ConfigError, match=r"needs the package deepspeed(.|\n)*optim\.engine=native"):
-        deepspeed_zero._load_deepspeed(torch.device("cpu"))
+        deepspeed_zero.load_deepspeed(torch.device("cpu"))
 
 
 def test_start_says_what_zero_2_costs() -> None:
@@ -297,11 +297,11 @@ def _keep_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_tie(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_zero, "all_reduce_", lambda tensor, group: tensor)
+    monkeypatch.setattr(deepspeed_twin, "all_reduce_", lambda tensor, group: tensor)
 
 
 def _forget_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_zero, "clip_factor", lambda norm, limit: torch.ones_like(norm))
+    monkeypatch.setattr(deepspeed_engine, "clip_factor", lambda norm, limit: torch.ones_like(norm))
 
 
 @pytest.mark.parametrize("mutation", [_keep_the_mean, _forget_the_tie, _forget_the_clip])
