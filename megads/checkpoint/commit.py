@@ -136,6 +136,26 @@ def remove_temporaries(directory: Path, store: Store) -> None:
             _clear(directory / name.removeprefix(MARKER_PREFIX), store)
 
 
+def remove_step(path: Path, store: Store) -> None:
+    """Remove a committed step; one that is half removed is none.
+
+    Raises:
+        OSError: storage failed; the step is whole, or a temporary.
+    """
+    nameless = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}-{os.urandom(4).hex()}")
+    try:
+        store.rename(path, nameless)
+    except OSError as error:
+        if error.errno not in NO_RENAME:
+            raise
+        write_file(store, _marker(path), blocks=[b"the step is being removed\n"])
+        store.sync_directory(path.parent)
+        store.unlink(path / MANIFEST_NAME)
+        _clear(path, store)
+    else:
+        remove_tree(store, nameless)
+
+
 def _marker(step: Path) -> Path:
     return step.with_name(MARKER_PREFIX + step.name)
 

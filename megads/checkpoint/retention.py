@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megads.checkpoint.commit import TEMPORARY_PREFIX, is_uncommitted
+from megads.checkpoint.commit import is_uncommitted, remove_step
 from megads.checkpoint.manifest import MANIFEST_NAME, DamageError
 from megads.checkpoint.reader import STEP_NAME, StepReader, open_step
-from megads.checkpoint.store import Store, describe_failure, remove_tree
+from megads.checkpoint.store import Store, describe_failure
 from megads.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -38,11 +37,6 @@ def committed_steps(directory: str | Path, *, store: Store | None = None) -> lis
     """The steps whose manifest is right, newest first."""
     store = store or Store()
     return [path for path in step_paths(Path(directory), store=store) if _is_committed(path, store)]
-
-
-def newest_step(directory: str | Path, *, store: Store | None = None) -> Path | None:
-    """The newest committed step, or None."""
-    return next(iter(committed_steps(directory, store=store)), None)
 
 
 def _is_committed(path: Path, store: Store) -> bool:
@@ -85,11 +79,9 @@ def prune(
         _log.warning("old steps are not removed: %s", describe_failure(error))
         return removed
     for path in doomed:
-        nameless = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}-{os.urandom(4).hex()}")
         try:
-            store.rename(path, nameless)
+            remove_step(path, store)
             removed.append(path)
-            remove_tree(store, nameless)
         except OSError as error:
             _log.warning("old step %s is not removed: %s", path, describe_failure(error))
     return removed

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megads.checkpoint.retention import committed_steps, newest_step, prune
+from megads.checkpoint.retention import committed_steps, prune, step_paths
 from megads.checkpoint.save import save
+from megads.checkpoint.store import Store
 from megads.parallel.control import Control
 from tests.checkpoint.samples import small_state, whole
 from tests.checkpoint.stores import FaultStore
@@ -30,9 +31,7 @@ def numbers(paths: list[Path]) -> list[int]:
 
 def test_steps_are_ordered_by_number(directory: Path) -> None:
     assert numbers(committed_steps(directory)) == [123456789, 1000, 100, 99]
-    assert newest_step(directory) == directory / "step-123456789"
     assert committed_steps(directory / "nothing") == []
-    assert newest_step(directory / "nothing") is None
 
 
 @pytest.mark.parametrize(
@@ -63,6 +62,21 @@ def test_what_is_no_step_stays(directory: Path) -> None:
         (directory / name).mkdir()
     assert numbers(prune(directory, 1)) == [99, 100, 1000]
     assert len(list(directory.iterdir())) == 5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_steps_go_where_directories_cannot_be_renamed(directory: Path, fails: bool) -> None:
+    def fault(_number: int, name: str, path: str) -> int | None:
+        if name == "rename":
+            return errno.ENOSYS
+        return errno.EIO if fails and name == "unlink" and path.endswith(".bin") else None
+
+    prune(directory, 2, store=FaultStore(fault))
+    assert numbers(committed_steps(directory)) == [123456789, 1000]
+    assert numbers(step_paths(directory, store=Store())) == [123456789, 1000]  # half removed is not damaged
+    assert len(list(directory.iterdir())) == (6 if fails else 2)
+    save(directory, 123456790, pieces=whole(small_state()), objects={}, control=ALONE)
+    assert len(list(directory.iterdir())) == 3
 
 
 @pytest.mark.parametrize("operation", ["rename", "unlink", "remove_directory"])
