@@ -71,14 +71,18 @@ def gathered_weights_have_whole_backwards(config: Config, world_size: int) -> Fi
 
 
 def experts_have_engine(config: Config, world_size: int) -> Finding | None:
+    parallel, stage = config.parallel, config.optim.zero_stage
+    tensor = parallel.expert_tensor or parallel.tensor
     if config.model.experts is None or config.optim.engine == "native":
         return None
-    nearest = max(stage for stage in STAGES["native"] if stage <= config.optim.zero_stage)
+    if parallel.expert == 1 and tensor == parallel.tensor:
+        return None
     return Finding(
         "optim.engine",
-        f"{config.optim.engine} with model.experts {config.model.experts}: DeepSpeed has one data-parallel group for "
-        "all parameters, and experts are copied over fewer ranks than the rest",
-        f"native, with optim.zero_stage {' or '.join(map(str, STAGES['native']))} (nearest: {nearest})",
+        f"{config.optim.engine} with parallel.expert {parallel.expert} and expert_tensor {tensor} of tensor "
+        f"{parallel.tensor}: DeepSpeed sums all gradients over one group, and experts are copied over other ranks",
+        "native, or experts that lie as all else does (parallel.expert 1, expert_tensor null)",
+        f"optim.engine=native optim.zero_stage={max(s for s in STAGES['native'] if s <= stage)}",
     )
 
 

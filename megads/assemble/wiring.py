@@ -145,8 +145,6 @@ def objective_of(optim: OptimConfig) -> ObjectiveSpec:
 
 def build_engine(config: Config, model: Model, *, mesh: Mesh) -> Engine:
     """The optimizer engine over this rank's parameters."""
-    if config.optim.engine == "deepspeed":
-        return DeepSpeedEngine(model.stages, mesh, config=config.optim)
     moe = model.spec.moe
     tallies = TallyTable(
         tallied_in(model.stages.values()),
@@ -154,6 +152,8 @@ def build_engine(config: Config, model: Model, *, mesh: Mesh) -> Engine:
         rows=len(model.spec.expert_layers),
         columns=0 if moe is None else moe.num_columns,
     )
+    if config.optim.engine == "deepspeed":
+        return DeepSpeedEngine(model.stages, mesh, config=config.optim, tallies=tallies)
     return NativeEngine(model.stages, mesh, config=config.optim, tallies=tallies)
 
 

@@ -69,11 +69,12 @@ class OptimConfig:
     """Arithmetic of weights and activations. bf16 and fp16 keep float32 masters, moments and gradients; fp16 scales the
     loss."""
     engine: Literal["native", "deepspeed"] = "native"
-    """Optimizer engine. native: megads' own ZeRO, which needs torch alone. deepspeed: DeepSpeed's ZeRO-1 or ZeRO-2."""
+    """Optimizer engine. native: megads' own ZeRO, which needs torch alone. deepspeed: DeepSpeed's ZeRO."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """ZeRO stage: 0 keeps all optimizer state on each data-parallel rank, 1 shards it over them, 2 (deepspeed) also the
-    gradients once they are reduced."""
+    """ZeRO stage: 0 keeps all on each data-parallel rank, 1 shards optimizer state over them, 2 (deepspeed) also the
+    gradients once they are reduced, 3 (deepspeed) also the weights, which are gathered block by block."""
     deepspeed: dict[str, JsonValue] = field(default_factory=dict)
-    """Keys of DeepSpeed's own configuration, given to it as they are; those that megads sets itself are refused."""
+    """Keys of DeepSpeed's own configuration, given to it as they are; those that megads sets itself are refused. State in
+    host memory: {zero_optimization: {offload_optimizer: {device: cpu}}}, with stage 3 also offload_param."""
     bucket_elements: PositiveInt = 25_000_000
     """Gradient elements reduced by one collective."""

@@ -65,6 +65,9 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
         "batch.ramp_unit=null",
         "data.curriculum=null",
         "parallel.stage_layers=null",
+        "optim.engine=native",
+        "optim.zero_stage=0",
+        "optim.deepspeed={}",
         f"batch.micro={ROWS}",
         f"batch.global={ROWS * place.world_size}",
     )

@@ -36,6 +36,7 @@ from megads.optim.share import Share
 from megads.optim.update import MOMENTS
 from megads.parallel.mesh import Mesh
 from megads.parallel.parameter import Piece
+from megads.parallel.tally import TallyTable
 
 _log = logging.getLogger("megads.optim")
 
@@ -48,13 +49,22 @@ class DeepSpeedEngine:
     Args:
         stages: stage number -> its blocks, with initial weights in float32.
         config: `optim` section; its `deepspeed` keys go to DeepSpeed as they are.
+        tallies: the modules whose state moves by what they count; None: there are none.
 
     Raises:
         ConfigError: deepspeed is not installed, or refuses a key.
     """
 
-    def __init__(self, stages: Mapping[int, torch.nn.ModuleList], mesh: Mesh, *, config: OptimConfig) -> None:
+    def __init__(
+        self,
+        stages: Mapping[int, torch.nn.ModuleList],
+        mesh: Mesh,
+        *,
+        config: OptimConfig,
+        tallies: TallyTable | None = None,
+    ) -> None:
         self._mesh = mesh
+        self._tallies = tallies or TallyTable((), mesh, rows=0, columns=0)
         self._config = config
         self._scale = LossScale(mesh.device, is_dynamic=config.precision == "fp16")
         self._twins: Twins = _twins_of(config.zero_stage)(stages, mesh, config=config)
@@ -85,6 +95,7 @@ class DeepSpeedEngine:
     def zero_gradients(self) -> None:
         """Start a step."""
         self._twins.start()
+        self._tallies.start()
 
     def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
         """Nothing: DeepSpeed is told in `step`, or as blocks finish."""
@@ -111,7 +122,7 @@ class DeepSpeedEngine:
         optimizer.found_inf = (~taken).float().to(device)  # type: ignore[attr-defined]
         self._twins.update()
         self._scale.update(finite)
-        return StepReport(norm, finite, taken, self._scale.value, torch.zeros(0, 0))
+        return StepReport(norm, finite, taken, self._scale.value, self._tallies.finish(is_valid=taken))
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Global norm of the loss-scaled gradients, as DeepSpeed reduced them."""
@@ -139,12 +150,14 @@ class DeepSpeedEngine:
         return flat[held.span]
 
     def state(self) -> tuple[Piece, ...]:
-        """This rank's share of masters and moments."""
-        return tuple(p for share, kind, flat in self._states() for p in share.owned_pieces(flat, kind=kind))
+        """This rank's share of masters, moments, and what layers keep."""
+        owned = (p for share, kind, flat in self._states() for p in share.owned_pieces(flat, kind=kind))
+        return (*owned, *self._tallies.primary_pieces())
 
     def targets(self) -> tuple[Piece, ...]:
         """Everything this rank updates; `load_scalars` makes weights of it."""
-        return tuple(p for share, kind, flat in self._states() for p in share.pieces(flat, kind=kind))
+        held = (p for share, kind, flat in self._states() for p in share.pieces(flat, kind=kind))
+        return (*held, *self._tallies.pieces())
 
     def scalars(self) -> Mapping[str, Any]:
         """Adam's step count (steps that were skipped do not count) and the loss scale."""

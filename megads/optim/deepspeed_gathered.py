@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megads.config.optim import OptimConfig
 from megads.optim.deepspeed_twin import Held, sum_outside
-from megads.optim.deepspeed_zero import initialize
+from megads.optim.deepspeed_zero import initialize, offloads_optimizer
 from megads.optim.precision import COMPUTE_DTYPES
 from megads.optim.share import Share
 from megads.optim.update import make_optimizer
@@ -44,6 +44,7 @@ class GatheredTwins:
 
     def __init__(self, stages: Mapping[int, torch.nn.ModuleList], mesh: Mesh, *, config: OptimConfig) -> None:
         self._mesh = mesh
+        self._offloads = offloads_optimizer(config)
         blocks = [block for stage in sorted(stages) for block in stages[stage]]
         owned, initial = _buckets_of(blocks, mesh, config=config)
         self._buckets = tuple(chain.from_iterable(owned))
@@ -102,8 +103,10 @@ class GatheredTwins:
         """See `Twins`."""
         self._finish_backward()
         self._engine.optimizer.finalize_gradient_accumulation_boundary()
-        if self._mesh.device.type == "cuda":
-            torch.cuda.synchronize(self._mesh.device)  # copies to the host may be under way
+        if self._offloads:
+            if self._mesh.device.type == "cuda":
+                torch.cuda.synchronize(self._mesh.device)  # copies to the host are under way
+            return [held.partition.grad[held.span] for held in self.held() if held.partition.grad is not None]
         return [self._engine.optimizer.get_local_fp32_grad_for_param(twin) for twin in self._twins]
 
     def update(self) -> None:
@@ -197,7 +200,7 @@ class GatheredTwins:
             if not self._num_holders[number] and number not in self._gathering:
                 bucket, twin = self._buckets[number], self._twins[number]
                 _allocate(bucket.values)
-                bucket.shard(bucket.values).copy_(twin.ds_tensor)
+                bucket.shard(bucket.values).copy_(twin.ds_tensor, non_blocking=True)
                 self._gathering[number] = start_all_gather(bucket.values, bucket.group)
 
     def _hold(self, numbers: Sequence[int]) -> None:

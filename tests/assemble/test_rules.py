@@ -69,7 +69,7 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "shared_experts_fill_tensor": (["model.experts=4", "model.expert_ffn=25", "model.shared_experts=1", "parallel.tensor=2", "parallel.expert_tensor=1"], 2, "model.shared_experts", ["1 x 25 = 25 wide; 25 / parallel.tensor 2 = 12.5"], ["model.shared_experts=2"]),
     "start_keys_have_start": (["checkpoint.start_other_vocab=true"], 1, "checkpoint.start_other_vocab", ["start_other_vocab with checkpoint.start null"], ["checkpoint.start=run"]),
     "start_is_for_fresh_runs": (["checkpoint.start=run", "checkpoint.load=must"], 1, "checkpoint.start", ["run with checkpoint.load must", "auto or never"], ["checkpoint.load=auto"]),
-    "experts_have_engine": (["model.experts=4", "optim.engine=deepspeed", "optim.zero_stage=1"], 1, "optim.engine", ["deepspeed with model.experts 4", "native"], ["optim.engine=native"]),
+    "experts_have_engine": (["model.experts=4", "parallel.expert=2", "optim.engine=deepspeed", "optim.zero_stage=1"], 2, "optim.engine", ["deepspeed with parallel.expert 2", "native, or experts"], ["parallel.expert=1"]),
     "page_fits_sequence": (["data.page=12"], 1, "data.page", ["12 tokens", "8 or 16", "1, 2, 4, 8"], ["data.page=16"]),
     "positions_hold_sequence": (["model.family=gpt", "model.max_positions=7"], 1, "data.sequence_length", ["8 tokens", "7 learned"], ["model.max_positions=8"]),
     "decay_goes_down": (["optim.min_lr=0.1"], 1, "optim.min_lr", ["0.1 above optim.lr 0.001"], ["optim.min_lr=0.001"]),

@@ -93,7 +93,7 @@ WRONG_KEYS = {
     "list for a whole number": ("layers: 2", "layers: [2]", ":5: model.layers: found [2]"),
     "mapping for a whole number": ("layers: 2", "layers: {a: 2}", ':5: model.layers: found {"a": 2}'),
     "true for a stage": ("lr: 3e-4", "lr: 3e-4\n  zero_stage: true", "optim.zero_stage: found true"),
-    "number out of a range": ("lr: 3e-4", "lr: 3e-4\n  zero_stage: 3", "optim.zero_stage: found 3 (allowed: a whole number >= 0 and <= 2)"),
+    "number out of a range": ("lr: 3e-4", "lr: 3e-4\n  zero_stage: 4", "optim.zero_stage: found 4 (allowed: a whole number >= 0 and <= 3)"),
     "zero": ("global: 4", "global: 0", ":9: batch.global: found 0 (allowed: a whole number >= 1)"),
     "negative": ("layers: 2", "layers: -2", ":5: model.layers: found -2"),
     "seed too large": ("steps: 10", f"steps: 10\n  seed: {2**63}", "run.seed: found 9223372036854775808"),
