@@ -6,9 +6,10 @@ format (checkpoint/hf.py, checkpoint/save.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,23 +38,69 @@ Gr\u00f6\u00dfe, \u4f60\u597d\uff0c\u4e16\u754c! (a, b) = [1, 2]
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """How far values of transformers are from those of megads: both largest absolute values."""
+
+    difference: float
+    largest: float
+
+    @classmethod
+    def between(cls, ours: Tensor, theirs: Tensor) -> Difference:
+        """Of two tensors; infinite if their shapes differ."""
+        largest = float(ours.abs().max())
+        return cls(
+            float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf"), largest
+        )
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the difference is rounding; False if it is NaN."""
+        return self.difference <= TOLERANCE * max(1.0, self.largest)
+
+    def to_json(self) -> dict[str, float]:
+        """As in conversion.json."""
+        return {"difference": self.difference, "largest": self.largest}
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """How far the logits of transformers are from those of megads.
 
     Attributes:
-        difference: largest absolute difference.
-        largest: largest absolute logit of megads.
-        shape: [batch, seq, vocab] of what was compared.
+        logits: of the logits.
+        layers: block -> of what it gives to the next one; the last layer's output is seen in the logits alone.
+        shape: [batch, seq, vocab] of the logits.
     """
 
-    difference: float
-    largest: float
+    logits: Difference
+    layers: Mapping[str, Difference]
     shape: tuple[int, ...]
 
     @property
+    def difference(self) -> float:
+        """Largest absolute difference of two logits."""
+        return self.logits.difference
+
+    @property
+    def largest(self) -> float:
+        """Largest absolute logit of megads."""
+        return self.logits.largest
+
+    @property
     def is_equal(self) -> bool:
-        """Whether the difference is rounding; False if it is NaN."""
-        return self.difference <= TOLERANCE * max(1.0, self.largest)
+        """Whether logits differ by rounding alone. Layers are no verdict: what cancels, cancels."""
+        return self.logits.is_rounding
+
+    @property
+    def first_that_differs(self) -> str:
+        """The first block whose output differs by more than rounding."""
+        found = next((name for name, layer in self.layers.items() if not layer.is_rounding), None)
+        return found or "the last layer or the head"
+
+    def to_json(self) -> dict[str, Any]:
+        """As in conversion.json."""
+        layers = {name: layer.to_json() for name, layer in self.layers.items()}
+        return {"logits": self.logits.to_json(), "layers": layers, "shape": list(self.shape)}
 
     def __str__(self) -> str:
         rows, seq, vocab = self.shape
@@ -61,22 +108,6 @@ class Comparison:
             f"largest difference {self.difference:.2e} of {rows * seq * vocab:,} logits "
             f"(largest {self.largest:.3g}, allowed {TOLERANCE * max(1.0, self.largest):.1e})"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did.
-
-    Attributes:
-        num_tensors, num_bytes: how many tensors of Hugging Face, and their bytes in the result.
-        comparison: of logits; None: transformers is not installed.
-        notes: what the user should know.
-    """
-
-    num_tensors: int
-    num_bytes: int
-    comparison: Comparison | None
-    notes: tuple[str, ...]
 
 
 def sample_tokens(ids: Sequence[int], spec: DecoderSpec) -> Tensor:
@@ -94,11 +125,19 @@ def declared(spec: DecoderSpec) -> dict[str, ShardSpec]:
     return {stored_name(parameter): parameter.spec for parameter in parameter_table([blocks])}
 
 
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a model computes: hidden states [batch, seq, hidden] after each block but the last two, and logits."""
+
+    states: Mapping[str, Tensor]
+    logits: Tensor
+
+
 @torch.no_grad()
-def reference_logits(
+def reference_outputs(
     spec: DecoderSpec, tokens: Tensor, *, read: Callable[[str], Tensor], dtype: torch.dtype
-) -> Tensor:
-    """Logits [batch, seq, vocab] by megads' own forward.
+) -> Outputs:
+    """What megads' own forward computes, one block in memory at a time.
 
     Args:
         tokens: [batch, seq] int64.
@@ -116,14 +155,18 @@ def reference_logits(
         step=1,
     )
     payload: tuple[Tensor, ...] = ()
+    states: dict[str, Tensor] = {}
     for number in range(spec.num_blocks):
         blocks = make_blocks(Scope(mesh, dtype, 0), spec, stages={0: range(number, number + 1)})[0].eval()
         for parameter in parameter_table([blocks]):
             parameter.copy_(read(stored_name(parameter)))
         (block,) = blocks
         if isinstance(block, HeadBlock):
-            return block.logits(payload)
+            return Outputs(states, block.logits(payload))
         payload = block(payload, batch).payload
+        if number < spec.layers:
+            name = f"layers.{number - 1}" if number else "embedding"
+            states[name] = payload[0].transpose(0, 1)
     raise AssertionError("the last block of a decoder is its head")
 
 
@@ -135,22 +178,26 @@ def compare(
     read: Callable[[str], Tensor],
     dtype: torch.dtype,
 ) -> Comparison:
-    """Compare the model in `directory`, run by transformers, with megads' own.
+    """Compare the model in `directory`, run by transformers, with megads' own, layer by layer.
 
     Args:
-        tokens, read, dtype: as in `reference_logits`.
+        tokens, read, dtype: as in `reference_outputs`.
 
     Raises:
-        CheckpointError: they differ by more than rounding, or transformers cannot load the model.
+        CheckpointError: they differ by more than rounding, naming the first layer that does, or transformers cannot
+            load the model.
     """
-    ours = reference_logits(spec, tokens, read=read, dtype=dtype)
-    theirs = hf.transformers_logits(directory, tokens, dtype=dtype)
-    difference = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
-    found = Comparison(difference, float(ours.abs().max()), tuple(ours.shape))
+    ours = reference_outputs(spec, tokens, read=read, dtype=dtype)
+    theirs = hf.transformers_outputs(directory, tokens, dtype=dtype)
+    layers = {
+        name: Difference.between(mine, other)
+        for (name, mine), other in zip(ours.states.items(), theirs.states, strict=False)
+    }
+    found = Comparison(Difference.between(ours.logits, theirs.logits), layers, tuple(ours.logits.shape))
     if not found.is_equal:
         raise CheckpointError(
             f"{directory}: transformers computes other logits than megads",
-            found=found,
+            found=f"{found}; the first that differs: {found.first_that_differs}",
             allowed="rounding",
             do="nothing was written; the family's names or its config.json are wrong for this model",
         )

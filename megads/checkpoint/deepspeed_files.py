@@ -81,11 +81,11 @@ def open_deepspeed(directory: Path, *, store: Store) -> DeepSpeedFiles:
     notes: tuple[str, ...] = ()
     if parts:
         size = _tensor_ranks(layers, ranks)
-        kinds = {
-            kind: _by_rank([part.kinds.get(kind, {}) for part in parts], size) for kind in parts[0].kinds
-        }
         steps = parts[0].adam_steps
-        kinds = {kind: _renamed(named, layers) for kind, named in kinds.items()}
+        kinds: dict[str, Named] = {
+            kind: _renamed(_by_rank([part.kinds[kind] for part in parts], size), layers)
+            for kind in parts[0].kinds
+        }
     elif layers:
         kinds, steps = {MODEL: {layer.name: layer.shards for layer in layers}}, None
         notes = ("no optimizer files: moments are not converted, and weights are as they computed",)

@@ -7,9 +7,10 @@ from mapped files when it is asked. Formats: hf.py, megatron.py, deepspeed_files
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -21,6 +22,17 @@ from megads.errors import CheckpointError
 from megads.parallel.shard import Box, Shape
 
 Format = Literal["megads", "hf", "megatron", "deepspeed", "universal", "layers"]
+
+PROGRAMS: Mapping[Format, str] = MappingProxyType(
+    {
+        "megads": "megads",
+        "hf": "Hugging Face",
+        "megatron": "Megatron-LM",
+        "deepspeed": "DeepSpeed",
+        "universal": "DeepSpeed's universal format",
+        "layers": "Megatron-DeepSpeed",
+    }
+)
 
 MAX_SMALL_BYTES = 1 << 20
 """Largest tracker file or config that is read as text."""

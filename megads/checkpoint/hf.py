@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -218,25 +219,6 @@ def check_names(entries: Sequence[Entry], weights: Weights, *, ignored: Sequence
         )
 
 
-def check_values(entries: Sequence[Entry], weights: Weights, *, expected: Callable[[Entry], Tensor]) -> None:
-    """Refuse weights that differ in one bit.
-
-    Args:
-        expected: the values of an entry's box.
-
-    Raises:
-        CheckpointError: naming the first tensor that differs.
-    """
-    for entry in entries:
-        wanted, found = entry.to_foreign(expected(entry)), weights.tensor(entry.foreign)
-        if wanted.dtype != found.dtype or not torch.equal(_bytes(wanted), _bytes(found)):
-            raise CheckpointError(f"{entry.foreign}: its bytes on the disk are not those of {entry.name}")
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
 def check_installed() -> None:
     """Refuse to begin without the library that reads safetensors.
 
@@ -255,9 +237,19 @@ def has_transformers() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
+@dataclass(frozen=True, slots=True)
+class TransformersOutputs:
+    """What transformers computes: hidden states [batch, seq, hidden] after the embedding and after each layer but the
+    last (what stands there is behind the final norm), and logits [batch, seq, vocab].
+    """
+
+    states: tuple[Tensor, ...]
+    logits: Tensor
+
+
 @torch.no_grad()
-def transformers_logits(directory: Path, tokens: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Logits [batch, seq, vocab] of the model in `directory`, computed by transformers alone.
+def transformers_outputs(directory: Path, tokens: Tensor, *, dtype: torch.dtype) -> TransformersOutputs:
+    """What the model in `directory` computes by transformers alone.
 
     Args:
         tokens: [batch, seq] int64.
@@ -282,8 +274,8 @@ def transformers_logits(directory: Path, tokens: Tensor, *, dtype: torch.dtype) 
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if is_tied != model.config.tie_word_embeddings:  # some versions obey the config, some the file
         raise CheckpointError(f"{directory}: config.json and the weights differ in whether the head is tied")
-    logits: Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
-    return logits
+    found = model.eval()(input_ids=tokens, use_cache=False, output_hidden_states=True)
+    return TransformersOutputs(tuple(found.hidden_states[:-1]), found.logits)
 
 
 def transformers_ids(directory: Path, text: str) -> list[int]:

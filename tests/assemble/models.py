@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from megads.assemble.compare import declared
+from megads.assemble.conversion import Report
+from megads.assemble.convert import open_origin
+from megads.assemble.export_hf import export_hf
+from megads.assemble.import_checkpoint import import_checkpoint
+from megads.assemble.origin import Hints
 from megads.checkpoint.save import save
+from megads.checkpoint.store import Store
 from megads.config.batch import BatchConfig
 from megads.config.data import DataConfig
 from megads.config.load import dump
@@ -139,3 +145,16 @@ def make_huggingface(folder: Path) -> Path:
     )
     (folder / "tokenizer_config.json").write_text(settings)
     return folder / "tokenizer.json"
+
+
+def to_hf(
+    source: Path, target: Path, *, tokenizer: Path | None = None, store: Store | None = None, **options: Any
+) -> Report:
+    """Whatever is at `source` as a Hugging Face model."""
+    origin = open_origin(source, Hints(tokenizer=tokenizer), store=store)
+    return export_hf(origin, target, store=store, **options)
+
+
+def to_megads(source: Path, target: Path, *, hints: Hints | None = None, **options: Any) -> Report:
+    """Whatever is at `source` as a step."""
+    return import_checkpoint(open_origin(source, hints or Hints()), target, **options)

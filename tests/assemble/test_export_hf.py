@@ -19,7 +19,6 @@ import torch
 
 from megads.assemble import export_hf as module
 from megads.assemble.compare import compare, sample_tokens
-from megads.assemble.export_hf import export_hf
 from megads.checkpoint import hf
 from megads.checkpoint.hf_names import Family
 from megads.checkpoint.store import Store
@@ -29,7 +28,7 @@ from megads.errors import CheckpointError, DataError
 from megads.evaluate.generate import Generator, Sampling
 from megads.evaluate.restore import restore
 from megads.model.catalog import HUGGING_FACE, describe
-from tests.assemble.models import Sample, config_of, save_step
+from tests.assemble.models import Sample, config_of, save_step, to_hf
 
 pytest.importorskip("safetensors")
 ROOT = Path(__file__).parents[2]
@@ -48,7 +47,7 @@ SAMPLES = [
 
 def exported(tmp_path: Path, sample: Sample, tokenizer: Path, **options: Any) -> Path:
     save_step(tmp_path / "run", sample, tokenizer)
-    export_hf(tmp_path / "run", tmp_path / "out", **options)
+    to_hf(tmp_path / "run", tmp_path / "out", **options)
     return tmp_path / "out"
 
 
@@ -99,7 +98,7 @@ def test_every_tensor_is_there_bit_for_bit_and_logits_are_equal(
     sample: Sample, tmp_path: Path, hf_tokenizer: Path
 ) -> None:
     weights = save_step(tmp_path / "run", sample, hf_tokenizer)
-    report = export_hf(tmp_path / "run", tmp_path / "out")
+    report = to_hf(tmp_path / "run", tmp_path / "out")
     written = hf.Weights(tmp_path / "out")
     expected = expected_tensors(sample, weights)
     assert written.shapes == {name: tuple(t.shape) for name, t in expected.items()}
@@ -143,8 +142,8 @@ def test_transformers_writes_the_same_text(family: str, tmp_path: Path, hf_token
 
 def test_many_files_hold_what_one_file_holds(tmp_path: Path, hf_tokenizer: Path) -> None:
     save_step(tmp_path / "run", Sample("llama", kv_heads=2), hf_tokenizer)
-    export_hf(tmp_path / "run", tmp_path / "one")
-    export_hf(tmp_path / "run", tmp_path / "many", max_shard_bytes=30_000)
+    to_hf(tmp_path / "run", tmp_path / "one")
+    to_hf(tmp_path / "run", tmp_path / "many", max_shard_bytes=30_000)
     one, many = hf.Weights(tmp_path / "one"), hf.Weights(tmp_path / "many")
     files = sorted(file.name for file in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 5
@@ -161,7 +160,7 @@ def test_many_files_hold_what_one_file_holds(tmp_path: Path, hf_tokenizer: Path)
 @needs_transformers
 def test_weights_can_be_rounded(tmp_path: Path, hf_tokenizer: Path) -> None:
     weights = save_step(tmp_path / "run", Sample("llama"), hf_tokenizer)
-    report = export_hf(tmp_path / "run", tmp_path / "out", dtype=torch.bfloat16)
+    report = to_hf(tmp_path / "run", tmp_path / "out", dtype=torch.bfloat16)
     written = hf.Weights(tmp_path / "out").tensor("model.norm.weight")
     assert torch.equal(written, weights["head.norm.weight"].bfloat16())
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -240,7 +239,7 @@ def test_a_wrong_table_or_config_is_refused(
     save_step(tmp_path / "run", Sample(family), hf_tokenizer)
     monkeypatch.setattr(module, "HUGGING_FACE", {family: change(HUGGING_FACE[family])})
     with pytest.raises(CheckpointError):
-        export_hf(tmp_path / "run", tmp_path / "out")
+        to_hf(tmp_path / "run", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
@@ -248,7 +247,7 @@ def test_a_wrong_table_or_config_is_refused(
 def test_an_export_that_was_edited_no_longer_compares(tmp_path: Path, hf_tokenizer: Path) -> None:
     sample = Sample("gpt")
     weights = save_step(tmp_path / "run", sample, hf_tokenizer)
-    export_hf(tmp_path / "run", tmp_path / "out")
+    to_hf(tmp_path / "run", tmp_path / "out")
     spec = describe(config_of(sample, hf_tokenizer).model, vocab=1, sequence_length=32)
     tokens = sample_tokens([1, 2, 3], spec)
 
@@ -279,27 +278,27 @@ def test_a_bit_that_the_disk_turned_is_seen(
     save_step(tmp_path / "run", Sample("gpt"), hf_tokenizer)
     monkeypatch.setattr(hf, "has_transformers", lambda: False)
     with pytest.raises(CheckpointError, match=r"wte.weight: its bytes"):
-        export_hf(tmp_path / "run", tmp_path / "out", store=Flips())
+        to_hf(tmp_path / "run", tmp_path / "out", store=Flips())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
 def test_without_safetensors_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip install safetensors"):
-        export_hf(tmp_path / "run", tmp_path / "out")
+        to_hf(tmp_path / "run", tmp_path / "out")
 
 
 def test_what_cannot_be_exported_is_told(tmp_path: Path, hf_tokenizer: Path, sp_model: Path) -> None:
     save_step(tmp_path / "grouped", Sample("gpt", kv_heads=2), hf_tokenizer)
     with pytest.raises(CheckpointError, match="grouped queries"):
-        export_hf(tmp_path / "grouped", tmp_path / "out")
+        to_hf(tmp_path / "grouped", tmp_path / "out")
     save_step(tmp_path / "run", Sample("gpt"), hf_tokenizer)
     with pytest.raises(DataError, match="not the tokenizer"):
-        export_hf(tmp_path / "run", tmp_path / "out", tokenizer=sp_model)
+        to_hf(tmp_path / "run", tmp_path / "out", tokenizer=sp_model)
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        export_hf(tmp_path / "nothing", tmp_path / "out")
+        to_hf(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(CheckpointError, match="already"):
-        export_hf(tmp_path / "run", tmp_path / "grouped")
+        to_hf(tmp_path / "run", tmp_path / "grouped")
     assert not (tmp_path / "out").exists()
 
 
@@ -310,7 +309,7 @@ def test_a_step_of_another_model_than_its_config_is_refused(
     other = config_of(Sample("gpt", layers=4), hf_tokenizer)
     monkeypatch.setattr(module, "_config_of", lambda reader: other)
     with pytest.raises(CheckpointError, match=r"layers\.\*\.attention"):
-        export_hf(tmp_path / "run", tmp_path / "out")
+        to_hf(tmp_path / "run", tmp_path / "out")
     assert "layers: 4" in dump(other)
 
 
@@ -351,7 +350,7 @@ def test_without_transformers_the_report_says_so(
 ) -> None:
     monkeypatch.setattr(hf, "has_transformers", lambda: False)
     save_step(tmp_path / "run", Sample("gpt"), hf_tokenizer)
-    report = export_hf(tmp_path / "run", tmp_path / "out")
+    report = to_hf(tmp_path / "run", tmp_path / "out")
     assert report.comparison is None
     assert "no logits were compared" in report.notes[0]
     assert "no logits were compared" in (tmp_path / "out" / "README.md").read_text()

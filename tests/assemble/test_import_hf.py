@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from megads.assemble.export_hf import export_hf
-from megads.assemble.import_hf import import_hf
 from megads.checkpoint import hf
 from megads.checkpoint.load import read_box
 from megads.checkpoint.reader import open_step
@@ -19,7 +17,7 @@ from megads.data.tokenizer import open_tokenizer
 from megads.errors import ConfigError, MegadsError
 from megads.evaluate.restore import restore
 from megads.parallel.shard import Box
-from tests.assemble.models import Sample, save_step
+from tests.assemble.models import Sample, save_step, to_hf, to_megads
 
 pytest.importorskip("safetensors")
 needs_transformers = pytest.mark.skipif(not hf.has_transformers(), reason="transformers is not installed")
@@ -46,9 +44,9 @@ def test_there_and_back_is_the_same_bits_and_the_same_model(
 ) -> None:
     monkeypatch.setattr(hf, "has_transformers", lambda: False)  # the second comparison is enough
     weights = save_step(tmp_path / "run", sample, sp_model)
-    export_hf(tmp_path / "run", tmp_path / "out", max_shard_bytes=40_000)
+    to_hf(tmp_path / "run", tmp_path / "out", max_shard_bytes=40_000)
     monkeypatch.undo()
-    report = import_hf(tmp_path / "out", tmp_path / "back")
+    report = to_megads(tmp_path / "out", tmp_path / "back")
     assert (report.comparison is not None) == hf.has_transformers()
     found = tensors_of(tmp_path / "back" / "checkpoints" / "step-00000000")
     assert found.keys() == weights.keys()
@@ -82,7 +80,7 @@ def test_a_model_that_transformers_made(family: str, tmp_path: Path) -> None:
         )
         model = transformers.LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    report = import_hf(tmp_path / "source", tmp_path / "back")
+    report = to_megads(tmp_path / "source", tmp_path / "back")
     assert report.comparison is not None
     assert report.comparison.largest > 0.5
     assert report.comparison.is_equal
@@ -110,7 +108,7 @@ def test_old_names_masks_and_a_repeated_head(tmp_path: Path) -> None:
     safetensors.torch.save_file(old, file, metadata={"format": "pt"})
     weights = hf.Weights(tmp_path / "source")
     assert "h.0.attn.bias" in weights.shapes
-    import_hf(tmp_path / "source", tmp_path / "back")
+    to_megads(tmp_path / "source", tmp_path / "back")
     found = tensors_of(tmp_path / "back" / "checkpoints" / "step-00000000")
     assert torch.equal(found["layers.1.mlp.up.weight"], tensors["transformer.h.1.mlp.c_fc.weight"].t())
 
@@ -125,7 +123,7 @@ def source(tmp_path: Path, hf_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) 
     """An exported Llama; transformers is left out, so that megads alone must say no."""
     monkeypatch.setattr(hf, "has_transformers", lambda: False)
     save_step(tmp_path / "run", Sample("llama", kv_heads=2), hf_tokenizer)
-    export_hf(tmp_path / "run", tmp_path / "source")
+    to_hf(tmp_path / "run", tmp_path / "source")
     return tmp_path / "source"
 
 
@@ -159,7 +157,7 @@ def source(tmp_path: Path, hf_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_another_model_is_refused(source: Path, values: dict[str, object], told: str) -> None:
     edit(source, **values)
     with pytest.raises(MegadsError, match=told):
-        import_hf(source, source.parent / "back")
+        to_megads(source, source.parent / "back")
     assert not (source.parent / "back").exists()
 
 
@@ -167,5 +165,5 @@ def test_missing_sizes_are_told_all_at_once(source: Path) -> None:
     sizes = {"vocab_size": 411, "max_position_embeddings": 40}
     (source / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     with pytest.raises(ConfigError) as told:
-        import_hf(source, source.parent / "back")
+        to_megads(source, source.parent / "back")
     assert all(key in str(told.value) for key in ("model.layers", "model.hidden", "model.heads"))
