@@ -158,6 +158,13 @@ def plateau_has_validation(config: Config, world_size: int) -> Finding | None:
     )
 
 
+def averages_differ(config: Config, world_size: int) -> Finding | None:
+    decays = config.optim.ema
+    if len(set(decays)) == len(decays):
+        return None
+    return Finding("optim.ema", f"{list(decays)}, one more than once", f"{sorted(set(decays))}")
+
+
 def smoothing_kind_has_smoothing(config: Config, world_size: int) -> Finding | None:
     optim = config.optim
     if optim.label_smoothing_kind == "torch" or optim.label_smoothing > 0.0:
@@ -184,5 +191,6 @@ RULES: tuple[Rule, ...] = (
     tail_fits_decay,
     pieces_follow_one_another,
     plateau_has_validation,
+    averages_differ,
     smoothing_kind_has_smoothing,
 )

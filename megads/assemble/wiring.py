@@ -19,6 +19,7 @@ from megads.model.decoder import make_blocks
 from megads.model.spec import DecoderSpec
 from megads.objective.language import ObjectiveSpec
 from megads.optim.deepspeed_engine import DeepSpeedEngine
+from megads.optim.ema import AveragingEngine, SharedEngine
 from megads.optim.engine import Engine
 from megads.optim.precision import initial_dtype
 from megads.optim.zero import NativeEngine
@@ -144,7 +145,12 @@ def objective_of(optim: OptimConfig) -> ObjectiveSpec:
 
 
 def build_engine(config: Config, model: Model, *, mesh: Mesh) -> Engine:
-    """The optimizer engine over this rank's parameters."""
+    """The optimizer engine over this rank's parameters, with the averages that `optim.ema` asks for."""
+    engine = _build_engine(config, model, mesh=mesh)
+    return AveragingEngine(engine, config.optim.ema) if config.optim.ema else engine
+
+
+def _build_engine(config: Config, model: Model, *, mesh: Mesh) -> SharedEngine:
     moe = model.spec.moe
     tallies = TallyTable(
         tallied_in(model.stages.values()),

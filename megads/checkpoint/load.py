@@ -134,6 +134,7 @@ def resume(
     control: Agreement,
     on_damage: OnDamage = "error",
     reading: Reading = ALONE,
+    tolerance: Tolerance = EXACT,
     store: Store | None = None,
 ) -> Resumed:
     """Choose a step by `checkpoint.load` and load it, or say that it is a fresh start. All ranks call it.
@@ -145,6 +146,7 @@ def resume(
         wanted: `auto`, `never`, `must` or a path.
         directory: the run's own `checkpoints`.
         on_damage: `previous`: go on to the next older step if one is damaged.
+        reading, tolerance: as `load`.
 
     Raises:
         DamageError, CheckpointError: on all ranks, as `choose` and `load`.
@@ -158,7 +160,9 @@ def resume(
         if choice.path is None:
             return Resumed(None, choice.sentence)
         try:
-            reader = load(choice.path, pieces, control=control, reading=reading, store=store)
+            reader = load(
+                choice.path, pieces, control=control, reading=reading, tolerance=tolerance, store=store
+            )
         except DamageError as error:
             damaged[str(choice.path)] = str(error)
             continue

@@ -65,6 +65,9 @@ class OptimConfig:
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-sum-exp of the logits in the loss, which keeps it near 0 (PaLM, section 5: 1e-4); 0:
     none."""
+    ema: tuple[Beta, ...] = ()
+    """Running averages of the float32 weights, by decay: [0.999, 0.9999]; each costs a copy of them. `evaluate`,
+    `generate` and the converter take one by `--weights ema_0.999`."""
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of weights and activations. bf16 and fp16 keep float32 masters, moments and gradients; fp16 scales the
     loss."""

@@ -154,6 +154,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default 1)")
     parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", default="model", metavar="KIND", help="model, or ema_DECAY")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
     options = parser.parse_intermixed_args(argv)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
@@ -161,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--tokens is negative", found=options.tokens, allowed="0 or more")
     if any("\ud800" <= character <= "\udfff" for character in options.prompt):
         raise ConfigError("--prompt is no text", found=ascii(options.prompt), allowed="valid UTF-8")
-    restored = restore(options.checkpoint, options.overrides)
+    restored = restore(options.checkpoint, options.overrides, weights=options.weights)
     tokenizer = open_tokenizer(restored.config.data.tokenizer)
     if tokenizer.fingerprint != restored.tokenizer_fingerprint:
         raise CheckpointError(

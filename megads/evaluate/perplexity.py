@@ -85,9 +85,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", help="directory of a run, of its checkpoints, or of a step")
     parser.add_argument("--data", required=True, action="append", metavar="PREFIX", help="held-out corpus")
     parser.add_argument("--json", action="store_true", help="one JSON object a corpus")
+    parser.add_argument("--weights", default="model", metavar="KIND", help="model, or ema_DECAY")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
     options = parser.parse_intermixed_args(argv)
-    restored = restore(options.checkpoint, options.overrides)
+    restored = restore(options.checkpoint, options.overrides, weights=options.weights)
     config, mesh = restored.config, restored.mesh
     tokenizer = open_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)

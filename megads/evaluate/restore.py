@@ -13,7 +13,7 @@ from pathlib import Path
 from megads import log
 from megads.assemble import rules, wiring
 from megads.checkpoint.load import Tolerance, load
-from megads.checkpoint.reader import open_step
+from megads.checkpoint.reader import StepReader, open_step
 from megads.checkpoint.retention import steps_at
 from megads.checkpoint.share import Reading
 from megads.checkpoint.store import Store
@@ -39,11 +39,14 @@ class Restored:
     tokenizer_fingerprint: str
 
 
-def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
+def restore(checkpoint: str, overrides: Sequence[str], *, weights: str = "model") -> Restored:
     """Connect the ranks and load the newest step under `checkpoint`: a run, its checkpoints, or one step.
 
+    Args:
+        weights: their kind: `model`, or an average such as `ema_0.999`.
+
     Raises:
-        CheckpointError: no step there, or a damaged one.
+        CheckpointError: no step there, a damaged one, or one without such weights.
         ConfigError: overrides that are wrong or do not fit the ranks.
     """
     from_path = _newest(checkpoint)
@@ -51,6 +54,7 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
     text = reader.objects.get("config")
     if not isinstance(text, str):
         raise CheckpointError(f"{from_path}: the checkpoint holds no config", found=type(text).__name__)
+    _check_kind(reader, weights)
     place = discover()
     defaults = (
         "parallel.tensor=1",
@@ -82,7 +86,7 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
     wanted = [
         piece
         for parameter in model.parameters
-        for piece in pieces(parameter, parameter.detach().view(-1), kind="model")
+        for piece in pieces(parameter, parameter.detach().view(-1), kind=weights)
     ]
     wanted += [piece for piece in model.kept if piece.name.startswith("model/")]
     load(
@@ -90,9 +94,23 @@ def restore(checkpoint: str, overrides: Sequence[str]) -> Restored:
         wanted,
         control=control,
         reading=Reading(config.checkpoint.checked_share, mesh.group("dp_cp"), device),
-        tolerance=Tolerance(unread=("optim/", "router/")),
+        tolerance=Tolerance(
+            unread=("optim/", "router/", "ema_", *(("model/",) if weights != "model" else ()))
+        ),
     )
     return Restored(config, mesh, model, reader.step, str(reader.objects.get("tokenizer", "")))
+
+
+def _check_kind(reader: StepReader, weights: str) -> None:
+    kinds = {name.partition("/")[0] for name in reader.manifest.tensors}
+    allowed = sorted(kind for kind in kinds if kind == "model" or kind.startswith("ema_"))
+    if weights not in allowed:
+        raise CheckpointError(
+            f"{reader.path}: no such weights",
+            found=f"--weights {weights}",
+            allowed=", ".join(allowed),
+            do="optim.ema keeps averages while a run trains",
+        )
 
 
 def _newest(checkpoint: str) -> str:

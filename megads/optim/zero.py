@@ -181,6 +181,7 @@ class NativeEngine:
 
     def targets(self) -> tuple[Piece, ...]:
         """Everything this rank updates; `load_scalars` makes weights of it."""
+        self._wait(tuple(self._gathering))  # it must not read what is filled next
         held = (piece for share, kind, flat in self._states() for piece in share.pieces(flat, kind=kind))
         return (*held, *self._tallies.pieces())
 
