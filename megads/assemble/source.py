@@ -70,6 +70,7 @@ def open_source(config: Config) -> Source:
             eod=tokenizer.eod if config.data.eod_mask_loss else None,
             document_mask=config.data.document_mask,
             eod_mask_loss=config.data.eod_mask_loss,
+            depth=config.model.mtp_layers,
         ),
     )
     for corpus in (*source.train, *source.valid):

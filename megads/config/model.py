@@ -16,8 +16,10 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 class ModelConfig:
     """The model family and its sizes. `null` means: what the family does (written out in the saved config)."""
 
-    family: Literal["gpt", "llama"]
-    """gpt: learned positions, LayerNorm, GELU, biases. llama: rotary positions, RMSNorm, SwiGLU, no biases."""
+    family: Literal["gpt", "llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
+    """gpt: learned positions, LayerNorm, GELU, biases. llama: rotary positions, RMSNorm, SwiGLU, no biases. qwen2: as
+    llama, with a bias on q, k and v. qwen3: as llama, with a norm over each head of q and k. qwen3_moe, mixtral: as
+    qwen3 and llama, with experts."""
     layers: PositiveInt
     """Number of transformer layers."""
     hidden: PositiveInt
@@ -29,17 +31,28 @@ class ModelConfig:
     head_dim: PositiveInt | None = None
     """Width of one attention head; null: `model.hidden` / `model.heads`."""
     ffn: PositiveInt | None = None
-    """Width of the feed-forward layer; null: 4 x hidden (gpt), 8/3 x hidden rounded up to a multiple of 256 (llama)."""
+    """Width of the feed-forward layer; null: 4 x hidden (gpt), 8/3 x hidden rounded up to a multiple of 256 (others).
+    """
     vocab: PositiveInt | None = None
     """Number of token ids; null: the size of `data.tokenizer`. It need not be divisible by anything."""
     max_positions: PositiveInt | None = None
     """Longest sequence that learned positions can hold; null: `data.sequence_length`. Ignored by rotary families."""
     tied: bool | None = None
-    """Whether the output head shares the embedding's weight; null: true for gpt, false for llama."""
+    """Whether the output head shares the embedding's weight; null: true for gpt, false for others."""
     norm_eps: PositiveFloat | None = None
-    """Constant under the square root of the norms; null: 1e-5 (gpt), 1e-6 (llama)."""
+    """Constant under the square root of the norms; null: 1e-5 (gpt, mixtral), 1e-6 (others)."""
     rope_theta: PositiveFloat | None = None
-    """Base of the rotary frequencies (rotary families); null: 10000 (llama)."""
+    """Base of the rotary frequencies (rotary families); null: 10000 (llama), 1e6 (qwen2, qwen3, qwen3_moe, mixtral)."""
+    rope_scaling: Literal["none", "llama3", "yarn"] = "none"
+    """How rotary frequencies are stretched for contexts longer than the first ones: as Llama 3.1, or as YaRN."""
+    rope_factor: PositiveFloat = 1.0
+    """By how much the slow pairs turn slower, with `model.rope_scaling`."""
+    rope_original_positions: PositiveInt | None = None
+    """Length of the context before it was stretched."""
+    rope_few_turns: PositiveFloat | None = None
+    """Pairs that turn fewer times than this over that length are stretched by the whole factor; null: 1."""
+    rope_many_turns: PositiveFloat | None = None
+    """Pairs that turn more often than this stay as they are; null: 4 (llama3), 32 (yarn)."""
     experts: PositiveInt | None = None
     """Number of experts of a layer (SwiGLU families); null: every layer is dense."""
     experts_per_token: PositiveInt = 2
@@ -53,8 +66,8 @@ class ModelConfig:
     numbers (the first is 0)."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """How a router's logits become scores."""
-    renormalise: bool = False
-    """Whether the gates of a token are divided by their sum."""
+    renormalise: bool | None = None
+    """Whether the gates of a token are divided by their sum; null: true for qwen3_moe and mixtral, false for others."""
     routed_scaling: PositiveFloat = 1.0
     """What gates are multiplied by."""
     expert_groups: PositiveInt = 1
@@ -76,6 +89,11 @@ class ModelConfig:
     capacity: PositiveFloat | None = None
     """Tokens of one sequence that an expert takes, in units of the mean; the rest, those of the smallest gates, it
     drops. null: it takes all."""
+    mtp_layers: NonNegativeInt = 0
+    """Depths of multi-token prediction: layers behind the head that learn to predict 2, 3, ... tokens ahead, for
+    training alone; numbered after the others. 0: none."""
+    mtp_weight: PositiveFloat = 0.3
+    """Weight of the loss of multi-token prediction, the mean over its depths."""
     dropout: Probability = 0.0
     """Dropout probability after the embedding and at each residual branch."""
     attention_dropout: Probability = 0.0
@@ -87,8 +105,8 @@ class ModelConfig:
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that have experts."""
+        """Numbers of the layers that have experts, those of multi-token prediction among them."""
         if self.experts is None:
             return ()
         dense = range(self.dense_layers) if isinstance(self.dense_layers, int) else self.dense_layers
-        return tuple(number for number in range(self.layers) if number not in dense)
+        return tuple(number for number in range(self.layers + self.mtp_layers) if number not in dense)

@@ -2,6 +2,7 @@
 
     stage payload     ()      ->  (hidden,)  ->  ...  ->  (hidden,)   ->  ()
     block           embedding     layers.0       layers.N-1      head        extras: ("loss", sum, count)
+                                                            or -> (normed,) -> layers.N of mtp.py -> ... -> ()
 
 What a model is, is a `DecoderSpec` (spec.py); families differ in data, not in classes.
 """
@@ -25,14 +26,13 @@ from megads.layers.norm import LayerNorm, RMSNorm
 from megads.layers.offload import Offload
 from megads.layers.recompute import KEEP_ALL, Memory
 from megads.model.block import Moving, TransformerBlock
-from megads.model.spec import DecoderSpec
+from megads.model.mtp import MTPBlock, Trunk
+from megads.model.spec import TIED_NAME, DecoderSpec
 from megads.objective.chunked import Head, chunked_loss
 from megads.objective.language import Losses, token_losses
 from megads.parallel.collectives import gather_last
 from megads.parallel.parameter import Scope
 from megads.pipeline.stage import BlockOutput, Extra, Payload
-
-TIED_NAME = "embedding.word.weight"
 
 
 class EmbeddingBlock(torch.nn.Module):
@@ -40,9 +40,8 @@ class EmbeddingBlock(torch.nn.Module):
 
     def __init__(self, scope: Scope, spec: DecoderSpec) -> None:
         super().__init__()
-        tie = TIED_NAME if spec.tied else None
         self.word = VocabParallelEmbedding(
-            scope.child("word"), spec.vocab, spec.hidden, init_std=spec.init_std, tie=tie
+            scope.child("word"), spec.vocab, spec.hidden, init_std=spec.init_std, tie=spec.word_tie
         )
         self.position = (
             PositionEmbedding(
@@ -61,7 +60,7 @@ class EmbeddingBlock(torch.nn.Module):
 
 
 class HeadBlock(torch.nn.Module):
-    """(hidden,) -> (): final norm, output head, loss.
+    """(hidden,) -> (): final norm, output head, loss. With multi-token prediction behind it -> (normed hidden,).
 
     Args:
         loss_chunk: tokens whose logits exist at a time; None: all, and they are kept for the backward.
@@ -79,6 +78,7 @@ class HeadBlock(torch.nn.Module):
         )
         self._group = scope.mesh.group("tp")
         self._vocab = spec.vocab
+        self._has_more = spec.mtp is not None
         self._weights = spec.objective.weights(spec.vocab)
         self._chunked = (
             None
@@ -96,9 +96,18 @@ class HeadBlock(torch.nn.Module):
 
     def forward(self, payload: Payload, batch: Batch) -> BlockOutput:
         (hidden,) = payload
+        normed = self.norm(hidden)
+        sums, count = self.loss(normed, batch), batch.mask.sum()
+        extras = [Extra("loss", sums.plain, count)]
+        if sums.trained is not sums.plain:
+            extras.append(Extra("trained_loss", sums.trained, count))
+        return BlockOutput((normed,) if self._has_more else (), tuple(extras))
+
+    def loss(self, normed: Tensor, batch: Batch) -> Losses:
+        """Sums of the losses of hidden states behind a norm, of the tokens of `batch` that count."""
         if self._chunked is not None:
-            return self._output(chunked_loss(self.norm(hidden), batch, head=self._chunked), batch)
-        logits = self.output(self.norm(hidden)).transpose(0, 1)  # [batch, seq, vocab_local]
+            return chunked_loss(normed, batch, head=self._chunked)
+        logits = self.output(normed).transpose(0, 1)  # [batch, seq, vocab_local]
         losses = token_losses(
             logits.flatten(0, 1),
             batch.labels.flatten(),
@@ -106,14 +115,7 @@ class HeadBlock(torch.nn.Module):
             group=self._group,
             weights=self._weights,
         )
-        return self._output(losses.sum(batch.mask.flatten()), batch)
-
-    def _output(self, sums: Losses, batch: Batch) -> BlockOutput:
-        count = batch.mask.sum()
-        extras = [Extra("loss", sums.plain, count)]
-        if sums.trained is not sums.plain:
-            extras.append(Extra("trained_loss", sums.trained, count))
-        return BlockOutput((), tuple(extras))
+        return losses.sum(batch.mask.flatten())
 
     def logits(self, payload: Payload) -> Tensor:
         """(hidden,) -> [batch, seq, vocab] over the whole vocabulary, on every tensor-parallel rank (no gradient)."""
@@ -206,21 +208,37 @@ def make_blocks(
 
 def _make_stage(scope: Scope, spec: DecoderSpec, numbers: range, *, memory: Memory) -> torch.nn.ModuleList:
     offload = Offload(scope.mesh.device) if memory.offload else None
+    first = max(numbers.start, 1) - 1  # layer of the stage
+
+    def layer(number: int) -> TransformerBlock:
+        index = number - first
+        return make_layer(
+            scope.child(f"layers.{number}"),
+            spec,
+            number=number,
+            memory=memory.of_layer(index),
+            moving=None if offload is None else partial(offload.layer, is_first=index == 0),
+        )
+
     blocks = torch.nn.ModuleList()
     for number in numbers:
         if number == 0:
             blocks.append(EmbeddingBlock(scope.child("embedding"), spec))
-        elif number == spec.num_blocks - 1:
-            blocks.append(HeadBlock(scope.child("head"), spec, loss_chunk=memory.loss_chunk))
+        elif number < spec.num_blocks - 1:
+            blocks.append(layer(number - 1))
         else:
-            index = number - max(numbers.start, 1)
-            blocks.append(
-                make_layer(
-                    scope.child(f"layers.{number - 1}"),
-                    spec,
-                    number=number - 1,
-                    memory=memory.of_layer(index),
-                    moving=None if offload is None else partial(offload.layer, is_first=index == 0),
+            head = HeadBlock(scope.child("head"), spec, loss_chunk=memory.loss_chunk)
+            blocks.append(head)
+            for depth in range(1, spec.mtp_depth + 1):
+                number = spec.layers + depth - 1
+                trunk = Trunk(partial(make_norm, spec=spec), layer(number), head.loss)
+                blocks.append(
+                    MTPBlock(
+                        scope.child(f"layers.{number}"),
+                        spec,
+                        depth=depth,
+                        trunk=trunk,
+                        recomputes=memory.of_layer(number - first).recomputes_all,
+                    )
                 )
-            )
     return blocks

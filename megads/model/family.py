@@ -15,8 +15,8 @@ from megads.checkpoint.hf_names import Family
 from megads.config.model import ModelConfig
 from megads.layers.attention import AttentionSpec
 from megads.model.expert import complete_experts, describe_experts
-from megads.model.spec import DecoderSpec
-from megads.ops.rope import RopeSpec
+from megads.model.spec import DecoderSpec, MTPSpec
+from megads.ops.rope import Llama3Scaling, RopeSpec, YarnScaling, yarn_magnitude
 
 T = TypeVar("T")
 
@@ -37,7 +37,14 @@ def grouped_attention(
 
 def rotary_positions(config: ModelConfig) -> RopeSpec:
     """Half-split rotary positions of a complete config."""
-    return RopeSpec(_known(config.rope_theta))
+    theta, original = _known(config.rope_theta), config.rope_original_positions
+    if config.rope_scaling == "none" or original is None:
+        return RopeSpec(theta)
+    factor, few, many = config.rope_factor, _known(config.rope_few_turns), _known(config.rope_many_turns)
+    if config.rope_scaling == "llama3":
+        return RopeSpec(theta, Llama3Scaling(factor, original, few_turns=few, many_turns=many))
+    magnitude = yarn_magnitude(factor)
+    return RopeSpec(theta, YarnScaling(factor, original, many_turns=many, few_turns=few, magnitude=magnitude))
 
 
 def _known(value: T | None) -> T:
@@ -84,6 +91,11 @@ class ModelFamily:
             "vocab": vocab,
             "max_positions": sequence_length,
         }
+        if config.rope_scaling != "none":
+            general |= {
+                "rope_few_turns": 1.0,
+                "rope_many_turns": 4.0 if config.rope_scaling == "llama3" else 32.0,
+            }
         found = {**general, **self.defaults}
         is_open = {key: value for key, value in found.items() if getattr(config, key) is None}
         return complete_experts(replace(config, **is_open))
@@ -108,4 +120,5 @@ class ModelFamily:
             init_std=config.init_std,
             moe=describe_experts(config),
             expert_layers=config.expert_layers,
+            mtp=MTPSpec(config.mtp_layers, config.mtp_weight) if config.mtp_layers else None,
         )

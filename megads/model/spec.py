@@ -17,6 +17,22 @@ from megads.objective.language import LANGUAGE, ObjectiveSpec
 from megads.ops.rope import RopeSpec
 from megads.pipeline.stage import Term
 
+TIED_NAME = "embedding.word.weight"
+"""What the weight of the word embedding is called wherever it is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class MTPSpec:
+    """Multi-token prediction (mtp.py).
+
+    Attributes:
+        depth: layers of it, each of which looks a token further.
+        weight: of the mean of their losses.
+    """
+
+    depth: int
+    weight: float
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
@@ -26,8 +42,10 @@ class DecoderSpec:
         rope: how positions turn queries and keys; None: a learned embedding of `max_positions` is added.
         ffn: width of a dense feed-forward layer.
         mlp_bias: whether its projections add a bias.
-        expert_layers: numbers of the layers that have experts; empty without `moe`.
+        expert_layers: numbers of the layers that have experts; empty without `moe`. Those of multi-token prediction are
+            numbered after the trunk's.
         objective: what is trained on beside the plain language loss.
+        mtp: multi-token prediction; None: none.
     """
 
     layers: int
@@ -48,11 +66,22 @@ class DecoderSpec:
     moe: MoESpec | None = None
     expert_layers: tuple[int, ...] = ()
     objective: ObjectiveSpec = LANGUAGE
+    mtp: MTPSpec | None = None
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that a pipeline can deal: embedding, layers, head."""
+        """Blocks that a pipeline can deal: embedding, layers, head (with multi-token prediction behind it)."""
         return self.layers + 2
+
+    @property
+    def mtp_depth(self) -> int:
+        """Layers of multi-token prediction."""
+        return 0 if self.mtp is None else self.mtp.depth
+
+    @property
+    def word_tie(self) -> str | None:
+        """What ties the word embedding to its other uses; None: there are none."""
+        return TIED_NAME if self.tied or self.mtp_depth else None
 
     @property
     def block_costs(self) -> tuple[float, ...]:
@@ -64,8 +93,13 @@ class DecoderSpec:
         moe, routed = self.moe, 0
         if moe is not None:
             routed = self.hidden * (3 * (moe.per_token * moe.ffn + moe.shared_ffn) + moe.experts)
-        mlps = (routed if number in self.expert_layers else dense for number in range(self.layers))
-        return (0.0, *(float(projections + mlp) for mlp in mlps), float(self.vocab * self.hidden))
+        layers = [
+            float(projections + (routed if number in self.expert_layers else dense))
+            for number in range(self.layers + self.mtp_depth)
+        ]
+        head = float(self.vocab * self.hidden)
+        ahead = sum(layers[self.layers :]) + self.mtp_depth * (2.0 * self.hidden**2 + head)
+        return (0.0, *layers[: self.layers], head + ahead)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -73,6 +107,9 @@ class DecoderSpec:
         found = [Term("loss", float(self.objective.is_plain), "label", num_sources=1, is_cut=False)]
         if not self.objective.is_plain:
             found.append(Term("trained_loss", 1.0, "label", num_sources=1, is_cut=False))
+        if self.mtp is not None:
+            weight, depth = self.mtp.weight / self.mtp.depth, self.mtp.depth
+            found.append(Term("mtp_loss", weight, "label", num_sources=depth, is_cut=False))
         if self.moe is not None:
             weights = {"balance_loss": self.moe.balance_weight * self.moe.has_balance_loss}
             weights["z_loss"] = self.moe.z_weight
@@ -89,5 +126,6 @@ class DecoderSpec:
 
         As in Narayanan et al. 2021 (eq. 3) without recompute, with the causal half of the attention products.
         """
-        pairs = self.layers * self.attention.pair_cost * sequence_length / 2  # multiply-adds of one token
+        num_layers = self.layers + self.mtp_depth
+        pairs = num_layers * self.attention.pair_cost * sequence_length / 2  # multiply-adds of one token
         return 6.0 * (sum(self.block_costs) + pairs)

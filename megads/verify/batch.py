@@ -37,7 +37,7 @@ def synthetic_batch(config: Config, step: int, *, masks: Masks = "unequal") -> B
     begins[:, 0] = True
     places = torch.arange(seq).expand(rows, seq)
     has_documents = config.data.document_mask
-    return Batch(
+    batch = Batch(
         tokens=tokens[:, :-1].contiguous(),
         labels=tokens[:, 1:].contiguous(),
         mask=mask if masks == "unequal" else torch.ones_like(mask),
@@ -46,6 +46,8 @@ def synthetic_batch(config: Config, step: int, *, masks: Masks = "unequal") -> B
         samples=torch.arange(rows),
         step=step,
     )
+    parts = begins.cumsum(1) if has_documents else torch.zeros_like(places)
+    return batch.look_ahead(parts, depth=config.model.mtp_layers) if config.model.mtp_layers else batch
 
 
 def _places_in_documents(places: Tensor, begins: Tensor) -> Tensor:
