@@ -24,9 +24,10 @@ from megads.optim.precision import COMPUTE_DTYPES, LossScale
 from megads.optim.share import Share
 from megads.optim.update import FusedUpdate, Update
 from megads.parallel.collectives import Pending, start_all_gather
-from megads.parallel.gradient import Bucket, Reducer, make_buckets
+from megads.parallel.gradient import WHOLE, Bucket, Reduction, make_buckets
 from megads.parallel.mesh import Mesh
 from megads.parallel.parameter import Piece, parameter_table
+from megads.parallel.reducer import Reducer
 from megads.parallel.tally import TallyTable
 
 
@@ -50,37 +51,21 @@ class NativeEngine:
         self._mesh = mesh
         self._tallies = tallies or TallyTable((), mesh, rows=0, columns=0)
         self._config = config
-        self._sharded = config.zero_stage == 1
         dtype = COMPUTE_DTYPES[config.precision]
-        buckets = stage_buckets(stages, mesh, max_elements=config.bucket_elements, dtype=dtype)
+        self._reduction = Reduction(is_sharded=config.zero_stage > 0, is_brief=config.zero_stage == 2)
+        buckets = stage_buckets(
+            stages, mesh, max_elements=config.bucket_elements, dtype=dtype, reduction=self._reduction
+        )
         self._all = tuple(bucket for found in buckets.values() for bucket in found)
-        self._reducers = {stage: Reducer(found, sharded=self._sharded) for stage, found in buckets.items()}
-        self._shares = tuple(self._share(bucket) for bucket in self._all)
-        gradients = [self._held(bucket, bucket.gradients) for bucket in self._all]
-        self._updates = make_updates(self._shares, gradients, config=config)
+        self._reducers = {stage: Reducer(found) for stage, found in buckets.items()}
+        self._shares = tuple(_share_of(bucket) for bucket in self._all)
+        self._updates = make_updates(self._shares, [bucket.sum for bucket in self._all], config=config)
         for update in self._updates:
             update.start()
         self._scale = LossScale(mesh.device, is_dynamic=config.precision == "fp16")
         self._gathering: dict[int, Pending] = {}
         for module in {m for blocks in stages.values() for m in blocks.modules()}:
             self._wait_before(module)
-
-    def _held(self, bucket: Bucket, flat: Tensor) -> Tensor:
-        """The part of a bucket's flat memory that this rank updates."""
-        return bucket.shard(flat) if self._sharded else flat
-
-    def _share(self, bucket: Bucket) -> Share:
-        """What this rank updates of a bucket: the weights themselves, or a float32 copy of low-precision ones."""
-        assert bucket.initial is not None  # read once, here
-        is_copy = bucket.values.dtype != bucket.initial.dtype
-        source = bucket.initial if is_copy else bucket.values
-        master = self._held(bucket, source).detach()
-        bucket.initial = None
-        share = bucket.values.numel() // bucket.group.size
-        first = bucket.group.rank * share
-        if self._sharded:
-            return Share(bucket, master.clone() if is_copy else master, first, slice(0, share))
-        return Share(bucket, master, 0, slice(first, first + share))
 
     @property
     def loss_scale(self) -> Tensor:
@@ -89,8 +74,8 @@ class NativeEngine:
 
     def zero_gradients(self) -> None:
         """Start a step."""
-        for bucket in self._all:
-            bucket.gradients.zero_()
+        for reducer in self._reducers.values():
+            reducer.zero()
         self._tallies.start()
 
     def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
@@ -116,8 +101,8 @@ class NativeEngine:
             reducer.finish()
         # of what all ranks of a group hold alike each counts its slice, so over the world every element counts once
         scaled_norm = global_norm(
-            [b.shard(b.gradients) for b in self._all if b.traits.is_primary],
-            [self._held(b, b.gradients) for b in self._all if not b.traits.is_primary],
+            [s.bucket.sum[s.owned] for s in self._shares if s.bucket.traits.is_primary],
+            [s.bucket.sum for s in self._shares if not s.bucket.traits.is_primary],
             group=self._mesh.group("world"),
             device=self._mesh.device,
         )
@@ -136,8 +121,8 @@ class NativeEngine:
         for number in reversed(range(len(self._all))):  # the next forward asks for the last buckets first
             bucket, master = self._all[number], self._shares[number].master
             if master.dtype != bucket.values.dtype:
-                self._held(bucket, bucket.values).copy_(master)
-            if self._sharded:
+                bucket.held(bucket.values).copy_(master)
+            if self._reduction.is_sharded:
                 self._gathering[number] = start_all_gather(bucket.values, bucket.group)
 
     def _wait_before(self, module: torch.nn.Module) -> None:
@@ -148,7 +133,7 @@ class NativeEngine:
             for number, bucket in enumerate(self._all)
             if any(id(place.parameter) in mine for place in bucket.places)
         ]
-        if numbers and self._sharded:
+        if numbers and self._reduction.is_sharded:
             module.register_forward_pre_hook(lambda *_: self._wait(numbers))
 
     def _wait(self, numbers: Sequence[int]) -> None:
@@ -198,6 +183,21 @@ class NativeEngine:
         self._publish()
 
 
+def _share_of(bucket: Bucket) -> Share:
+    """What this rank updates of a bucket: the weights themselves, or a float32 copy of low-precision ones."""
+    assert bucket.initial is not None  # read once, here
+    is_copy = bucket.values.dtype != bucket.initial.dtype
+    master = bucket.held(bucket.initial if is_copy else bucket.values).detach()
+    bucket.initial = None
+    holders = bucket.replicas if bucket.reduction.is_sharded else bucket.group  # of the same values
+    size = master.numel() // holders.size
+    owned = slice(holders.rank * size, (holders.rank + 1) * size)
+    if bucket.reduction.is_sharded:
+        start = bucket.group.rank * master.numel()
+        return Share(bucket, master.clone() if is_copy else master, start, owned)
+    return Share(bucket, master, 0, owned)
+
+
 def make_updates(
     shares: Sequence[Share], gradients: Sequence[Tensor], *, config: OptimConfig
 ) -> tuple[Update, ...]:
@@ -206,7 +206,12 @@ def make_updates(
 
 
 def stage_buckets(
-    stages: Mapping[int, torch.nn.ModuleList], mesh: Mesh, *, max_elements: int, dtype: torch.dtype
+    stages: Mapping[int, torch.nn.ModuleList],
+    mesh: Mesh,
+    *,
+    max_elements: int,
+    dtype: torch.dtype,
+    reduction: Reduction = WHOLE,
 ) -> dict[int, tuple[Bucket, ...]]:
     """Buckets of each stage; a parameter that two stages of this rank share stands in the first one's."""
     seen: set[int] = set()
@@ -214,5 +219,7 @@ def stage_buckets(
     for stage in sorted(stages):
         parameters = [p for p in parameter_table(stages[stage]) if id(p) not in seen]
         seen.update(map(id, parameters))
-        buckets[stage] = make_buckets(parameters, mesh, max_elements=max_elements, dtype=dtype)
+        buckets[stage] = make_buckets(
+            parameters, mesh, max_elements=max_elements, dtype=dtype, reduction=reduction
+        )
     return buckets

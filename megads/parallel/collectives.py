@@ -16,7 +16,7 @@ sums run in fp32. Non-contiguous input is refused: gloo reduces the wrong memory
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,21 +50,29 @@ class _Works:
 
 
 class Pending:
-    """A collective under way."""
+    """A collective under way.
+
+    Args:
+        last: makes the result of what arrived.
+    """
 
     def __init__(
-        self, result: Tensor, *, work: dist.Work | _Works | None = None, narrow: Tensor | None = None
+        self,
+        result: Tensor,
+        *,
+        work: dist.Work | _Works | None = None,
+        last: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._result = result
         self._work = work
-        self._narrow = narrow
+        self._last = last
 
     def wait(self) -> Tensor:
         """The result, when it is there."""
         if self._work is not None:
             self._work.wait()
-        if self._narrow is not None:
-            self._result = self._narrow.copy_(self._result)
+        if self._last is not None:
+            self._result, self._last = self._last(self._result), None
         return self._result
 
 
@@ -82,7 +90,7 @@ def start_all_reduce(tensor: Tensor, group: Group, *, op: str = "sum") -> Pendin
     wide = _wide(tensor)
     reduction = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
     work = dist.all_reduce(wide, op=reduction, group=group.handle, async_op=True)
-    return Pending(wide, work=work, narrow=None if wide is tensor else tensor)
+    return Pending(wide, work=work, last=None if wide is tensor else tensor.copy_)
 
 
 def all_reduce_(tensor: Tensor, group: Group, *, op: str = "sum") -> Tensor:
@@ -90,13 +98,27 @@ def all_reduce_(tensor: Tensor, group: Group, *, op: str = "sum") -> Tensor:
     return start_all_reduce(tensor, group, op=op).wait()
 
 
-def start_reduce_scatter(flat: Tensor, group: Group) -> Pending:
-    """Begin to sum a flat tensor of n x size elements over the group into this rank's n elements, a view of it."""
+def start_reduce_scatter(flat: Tensor, group: Group, *, dtype: torch.dtype | None = None) -> Pending:
+    """Begin to sum a flat tensor of n x size elements over the group into this rank's n elements, a view of it.
+
+    Args:
+        dtype: in which elements travel; they are rounded once, and this rank's sum is in the dtype of `flat` (an
+            all-to-all: the same bytes as a reduce-scatter, which would round at every addition). None: that of `flat`.
+    """
     if group.size == 1:
         return Pending(flat)
     _check(flat)
     share = flat.numel() // group.size
     mine = flat[group.rank * share : (group.rank + 1) * share]
+    if dtype is not None and dtype != flat.dtype:
+        sent = flat.to(dtype)
+        parts = torch.empty_like(sent)
+        work = dist.all_to_all_single(parts, sent, group=group.handle, async_op=True)
+        return Pending(
+            parts,
+            work=_Works(sent, work),
+            last=lambda parts: mine.copy_(parts.view(group.size, share).sum(0, dtype=flat.dtype)),
+        )
     return Pending(mine, work=_REDUCE_SCATTER(mine, flat, group=group.handle, async_op=True))
 
 
@@ -125,9 +147,7 @@ def start_scatter_sequence(x: Tensor, group: Group) -> Pending:
     wide = _wide(x.contiguous())
     mine = wide.new_empty((x.shape[0] // group.size, *x.shape[1:]))
     work = _REDUCE_SCATTER(mine, wide, group=group.handle, async_op=True)
-    return Pending(
-        mine, work=work, narrow=None if wide.dtype == x.dtype else torch.empty_like(mine, dtype=x.dtype)
-    )
+    return Pending(mine, work=work, last=None if wide.dtype == x.dtype else lambda sum: sum.to(x.dtype))
 
 
 def gather_last(tensor: Tensor, group: Group) -> Tensor:

@@ -7,17 +7,22 @@ of the bucket is a plain slice:
     flat    | layers.1.mlp.down.weight | layers.1.mlp.up.weight | ... | pad |
     shards  |      rank 0        |       rank 1       |      rank 2         |
 
-Buckets are filled in reverse order of declaration, as the backward finishes them: in the last backward of a step each
-is reduced as soon as its parameters are complete, while the backward goes on (`Reducer`). Parameters share a bucket
-only if they agree in everything that the optimizer and the norm ask (`Traits`), so a whole bucket decays or does not,
-counts or not.
+Whole gradients stay (ZeRO 0 and 1), or they are *brief* (ZeRO 2): made when the first of the bucket's gradients is
+about to be written, and gone when they are summed into the rank's slice, which alone stays:
+
+    open: zeros, .grad = views    backward writes    start_reduce: .grad = None, reduce-scatter    add: sum += slice
+
+A bucket may be opened and reduced many times in a step; sums are linear, so no gradient is lost or counted twice
+wherever in the step that happens. When and in which order is the matter of `reducer.py`.
+
+Parameters share a bucket only if they agree in everything that the optimizer and the norm ask (`Traits`), so a whole
+bucket decays or does not, counts or not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +30,24 @@ from torch import Tensor
 from megads.parallel.collectives import Pending, all_reduce_, start_all_reduce, start_reduce_scatter
 from megads.parallel.mesh import Group, Mesh
 from megads.parallel.parameter import ShardedParameter, is_primary
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How gradients are summed over data-parallel ranks.
+
+    Attributes:
+        is_sharded: each rank gets the sum of its slice alone, and updates it (ZeRO 1, 2); else of the whole bucket.
+        is_brief: whole gradients are there only while they are written and reduced (ZeRO 2).
+        dtype: in which gradients travel; None: their own. They are added in theirs.
+    """
+
+    is_sharded: bool = False
+    is_brief: bool = False
+    dtype: torch.dtype | None = None
+
+
+WHOLE = Reduction()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,37 +75,54 @@ class Bucket:
     Args:
         parameters: in their initial dtype, which gradients keep.
         dtype: of the weights from now on.
+        reduction: how their gradients are summed.
 
     Attributes:
         traits: what its parameters agree in.
         places: its parameters and their offsets.
+        group: ranks over which gradients are summed, and cut where they are sharded.
+        replicas: ranks that hold the same shard; one, unless shards are smaller than the data-parallel ranks.
         initial: flat, the values as they came; drop it when it was read.
-        values, gradients: flat, padded to a multiple of the group size; parameters and their `.grad` are views.
+        values: flat, padded to a multiple of both group sizes; parameters are views.
+        sum: flat, where this rank finds the summed gradients of what it updates (`held`).
     """
 
     def __init__(
-        self, parameters: Sequence[ShardedParameter], traits: Traits, *, mesh: Mesh, dtype: torch.dtype
+        self,
+        parameters: Sequence[ShardedParameter],
+        traits: Traits,
+        *,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        reduction: Reduction,
     ) -> None:
         self.traits = traits
-        self.group: Group = mesh.group(traits.reduction)
+        self.reduction = reduction
+        self.group: Group = mesh.group(f"{traits.reduction}_shard")
+        self.replicas: Group = mesh.group(f"{traits.reduction}_replica")
         self._mesh = mesh
         places, size = [], 0
         for parameter in parameters:
             places.append(Place(parameter, size))
             size += parameter.numel()
         self.places = tuple(places)
-        padded = -(-size // self.group.size) * self.group.size
+        unit = self.group.size * self.replicas.size
+        padded = -(-size // unit) * unit
         first = parameters[0]
         self.initial: Tensor | None = torch.zeros(padded, dtype=first.dtype, device=first.device)
         for place in self.places:
             self._part(self.initial, place).copy_(place.parameter.data)
-        self.gradients = torch.zeros_like(self.initial)
         self.values = self.initial.to(dtype, copy=True)
         for place in self.places:
-            parameter = place.parameter
-            parameter.data = self._part(self.values, place)
-            parameter.grad_dtype = self.gradients.dtype
-            parameter.grad = self._part(self.gradients, place)
+            place.parameter.data = self._part(self.values, place)
+            place.parameter.grad_dtype = first.dtype
+        self._gradient_dtype = first.dtype
+        self._whole: Tensor | None = None
+        if reduction.is_brief:
+            self.sum = torch.zeros_like(self.shard(self.initial))
+        else:
+            self.open()
+            self.sum = self.held(self.gradients)
 
     @staticmethod
     def _part(flat: Tensor, place: Place) -> Tensor:
@@ -100,118 +140,85 @@ class Bucket:
         share = flat.numel() // self.group.size
         return flat[self.group.rank * share : (self.group.rank + 1) * share]
 
-    def start_reduce(self, *, sharded: bool) -> Pending:
+    def held(self, flat: Tensor) -> Tensor:
+        """The part of a flat tensor of the bucket that this rank updates: its slice, or all."""
+        return self.shard(flat) if self.reduction.is_sharded else flat
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is memory for whole gradients."""
+        return self._whole is not None
+
+    @property
+    def gradients(self) -> Tensor:
+        """Flat, as long as `values`: this rank's whole gradients. There while the bucket is open."""
+        assert self._whole is not None
+        return self._whole
+
+    def open(self) -> None:
+        """Make memory for whole gradients, of which every `.grad` is a view, if there is none."""
+        if self._whole is None:
+            self._whole = torch.zeros_like(self.values, dtype=self._gradient_dtype)
+            for place in self.places:
+                place.parameter.grad = self._part(self._whole, place)
+
+    def zero(self) -> None:
+        """Begin a step."""
+        (self.sum if self.reduction.is_brief else self.gradients).zero_()
+
+    def start_reduce(self) -> Pending:
         """Begin to sum the gradients over the data-parallel ranks (of the experts' grid, if they lie in it).
 
-        Args:
-            sharded: whether only this rank's slice is needed (ZeRO); the rest of `gradients` is then garbage.
+        Where they are sharded, the rest of `gradients` is garbage from here on; where they are brief, it is gone.
         """
-        for axis in self.traits.partial:
-            all_reduce_(self.gradients, self._mesh.group(axis))
-        start = start_reduce_scatter if sharded else start_all_reduce
-        return start(self.gradients, self.group)
+        whole = self.gradients
+        if self.reduction.is_brief:
+            self._whole = None
+            for place in self.places:
+                place.parameter.grad = None
+        if self.reduction.is_sharded:
+            return start_reduce_scatter(whole, self.group, dtype=self.reduction.dtype)
+        return start_all_reduce(whole, self.group)
 
-    def finish_reduce(self, pending: Pending) -> None:
-        """Wait for the sum; tied parameters are then summed over the stages that hold a copy."""
+    def add(self, pending: Pending) -> None:
+        """Wait for a sum that `start_reduce` began; it is then in `sum`."""
         mine = pending.wait()
-        if self.traits.tie is not None:
-            all_reduce_(mine, self._mesh.group("ends"))
-
-
-class Reducer:
-    """Reduces the buckets of one stage, each as soon as its gradients are complete.
-
-    `arm` is called before what completes the stage's gradients in a step (its last B, or its last W), `flush` after it.
-    Buckets start in their fixed order, so that all ranks issue the same collectives in the same order; what was not
-    complete until then (a parameter without gradient, a tied one that another stage completes) starts in `flush` or
-    `finish`.
-    """
-
-    def __init__(self, buckets: Sequence[Bucket], *, sharded: bool) -> None:
-        self._sharded = sharded
-        self._early = [b for b in buckets if b.traits.tie is None and not b.traits.partial]
-        self._late = [b for b in buckets if b.traits.tie is None and b.traits.partial]
-        self._tied = [b for b in buckets if b.traits.tie is not None]
-        self._left: dict[int, int] = {}
-        self._pending: list[tuple[Bucket, Pending]] = []
-        self._next = 0
-        self.num_early = 0  # buckets that started before the backward was over, in the last step
-        self._number_of: dict[int, int] = {}
-        for number, bucket in enumerate(self._early):
-            for place in bucket.places:
-                self._number_of[id(place.parameter)] = number
-                place.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(self._complete, number)
-                )
-
-    def arm(self, *, waiting: Sequence[Tensor] | None = None) -> None:
-        """What comes next completes the gradients of the stage.
-
-        Args:
-            waiting: parameters that are told to `complete`, all others being complete: a split backward's last W, in
-                which no hook is called (autograd called them all in I, whether or not there was a gradient). None: a
-                whole backward, which calls the hook of each parameter after its gradient is there.
-        """
-        wanted = None if waiting is None else {id(parameter) for parameter in waiting}
-        self._left = {
-            number: sum(wanted is None or id(place.parameter) in wanted for place in bucket.places)
-            for number, bucket in enumerate(self._early)
-        }
-        self._next = 0
-        self._advance()
-
-    def complete(self, parameter: Tensor) -> None:
-        """One of the parameters that were waiting has its gradient; any other is none of this stage's early ones."""
-        number = self._number_of.get(id(parameter))
-        if number is not None:
-            self._complete(number, parameter)
-
-    def _complete(self, number: int, _: Tensor) -> None:
-        """One parameter of a bucket has its gradient."""
-        if not self._left:
-            return
-        self._left[number] -= 1
-        self._advance()
-
-    def _advance(self) -> None:
-        """Start the buckets that are complete and whose turn it is."""
-        while self._next < len(self._early) and self._left[self._next] == 0:
-            self._start(self._early[self._next])
-            self._next += 1
-
-    def _start(self, bucket: Bucket) -> None:
-        self._pending.append((bucket, bucket.start_reduce(sharded=self._sharded)))
-
-    def flush(self) -> None:
-        """The stage's gradients are complete: start what has not started."""
-        self.num_early = self._next
-        for bucket in (*self._early[self._next :], *self._late):
-            self._start(bucket)
-        self._left, self._next = {}, 0
+        if self.reduction.is_brief:
+            self.sum.add_(mine)
+            if mine.is_cuda:  # made on another stream, perhaps, whose next allocation must wait for this read
+                mine.record_stream(torch.cuda.current_stream())
 
     def finish(self) -> None:
-        """Every stage of this rank is complete: reduce tied parameters and wait for all."""
-        for bucket in self._tied:
-            self._start(bucket)
-        for bucket, pending in self._pending:
-            bucket.finish_reduce(pending)
-        self._pending = []
+        """All of the step is in `sum`: sum it over the other axes along which ranks have a part of it."""
+        ties = () if self.traits.tie is None else ("ends",)
+        for group in (self.replicas, *map(self._mesh.group, (*self.traits.partial, *ties))):
+            all_reduce_(self.sum, group)
 
 
 def make_buckets(
-    parameters: Iterable[ShardedParameter], mesh: Mesh, *, max_elements: int, dtype: torch.dtype
+    parameters: Iterable[ShardedParameter],
+    mesh: Mesh,
+    *,
+    max_elements: int,
+    dtype: torch.dtype,
+    reduction: Reduction = WHOLE,
 ) -> tuple[Bucket, ...]:
-    """Deal parameters to buckets of at most `max_elements` (a larger parameter gets one of its own)."""
+    """Deal parameters to buckets of at most `max_elements` (a larger parameter gets one of its own).
+
+    Parameters come in reverse order of declaration, as the backward finishes them, and so do buckets by their last.
+    """
     groups: dict[Traits, list[list[ShardedParameter]]] = {}
+    order: dict[int, int] = {}
     for parameter in reversed(tuple(parameters)):
+        order[id(parameter)] = len(order)
         spec = parameter.spec
         traits = Traits(spec.decay, is_primary(parameter, mesh), spec.reduction, spec.partial, spec.tie)
         buckets = groups.setdefault(traits, [[]])
         if buckets[-1] and sum(p.numel() for p in buckets[-1]) + parameter.numel() > max_elements:
             buckets.append([])
         buckets[-1].append(parameter)
+    dealt = [(traits, members) for traits, lists in groups.items() for members in lists]
+    dealt.sort(key=lambda bucket: order[id(bucket[1][-1])])
     return tuple(
-        Bucket(members, traits, mesh=mesh, dtype=dtype)
-        for traits, lists in groups.items()
-        for members in lists
+        Bucket(members, traits, mesh=mesh, dtype=dtype, reduction=reduction) for traits, members in dealt
     )

@@ -15,6 +15,12 @@ Axes (`AXES`), each a partition of all ranks:
     tp cp dp pp   the four of the grid           dp_cp   ranks that hold the same dense parameters
     ep etp edp    the experts' grid              ends    those of the first and the last stage (tied parameters)
     model         all ranks of one replica (norms are summed over it)        world   everybody
+    dp_cp_shard   those of dp_cp that share one copy of the optimizer state  dp_cp_replica   those with the same share
+    edp_shard     the same of edp                                            edp_replica
+
+With shard=2 the eight ranks of a dp_cp group are four shard groups of neighbours, [0 1] [2 3] [4 5] [6 7], and two
+replica groups, [0 2 4 6] [1 3 5 7]. Neighbours in dp_cp are a block of shard x tensor ranks of the stage; experts are
+sharded inside the same blocks, as far as one holds the same experts more than once.
 """
 
 from __future__ import annotations
@@ -24,7 +30,10 @@ from math import lcm
 
 from megads.errors import LayoutError
 
-AXES = ("tp", "cp", "dp", "pp", "dp_cp", "ep", "etp", "edp", "ends", "model", "world")
+AXES = (
+    *("tp", "cp", "dp", "pp", "dp_cp", "ep", "etp", "edp", "ends", "model", "world"),
+    *("dp_cp_shard", "dp_cp_replica", "edp_shard", "edp_replica"),
+)
 
 
 def sequence_unit(*, context: int, tensor: int) -> int:
@@ -63,9 +72,11 @@ class Layout:
         expert_tensor: tensor degree of the experts; None: the same as `tensor`.
         placement: the pipeline rank of each stage (a schedule says so, `pipeline/schedules.py`); None: stages are
             dealt in turn, stage s to rank s % pipeline.
+        shard: of the ranks that hold the same dense parameters, how many share one copy of the optimizer state; None:
+            all.
 
     Raises:
-        LayoutError: a degree below 1, an expert grid that does not fit, or a placement of other stages.
+        LayoutError: a degree below 1, an expert grid or shards that do not fit, or a placement of other stages.
     """
 
     tensor: int = 1
@@ -76,6 +87,7 @@ class Layout:
     virtual_stages: int = 1
     expert_tensor: int | None = None
     placement: tuple[int, ...] | None = None
+    shard: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tensor", "context", "pipeline", "data", "expert", "virtual_stages"):
@@ -90,6 +102,13 @@ class Layout:
                 "expert x expert_tensor must divide tensor x context x data",
                 found=f"{self.expert} x {self.etp_size} with {self.tensor} x {self.context} x {self.data}",
                 allowed=f"a divisor of {self.stage_size}",
+            )
+        block, grid = self.shard_block, self.expert * self.etp_size
+        if block < 1 or self.stage_size % block or (block % grid and grid % block):
+            raise LayoutError(
+                "layout.shard does not divide what it is a part of",
+                found=f"{self.shard} of {self.context} x {self.data} ranks, experts in {self.expert} x {self.etp_size}",
+                allowed="a divisor of context x data that with tensor fits the experts' grid",
             )
         dealt = sorted(rank for rank in range(self.pipeline) for _ in range(self.virtual_stages))
         if self.placement is not None and sorted(self.placement) != dealt:
@@ -143,6 +162,11 @@ class Layout:
         return self.tensor * self.context * self.data
 
     @property
+    def shard_block(self) -> int:
+        """Neighbouring ranks of a stage that share one copy of its optimizer state."""
+        return self.stage_size if self.shard is None else self.shard * self.tensor
+
+    @property
     def num_stages(self) -> int:
         """Number of pipeline stages: pipeline x virtual_stages."""
         return self.pipeline * self.virtual_stages
@@ -183,8 +207,11 @@ class Layout:
         if axis not in AXES:
             raise LayoutError("no such axis", found=axis, allowed=", ".join(AXES))
         members: dict[object, list[int]] = {}
+        grid = axis.removesuffix("_shard").removesuffix("_replica")
         for rank in range(self.world_size):
-            members.setdefault(self._group_key(axis, self.coordinates(rank)), []).append(rank)
+            block, place = divmod(rank % self.stage_size, self.shard_block)
+            within = {"_shard": block, "_replica": place}.get(axis.removeprefix(grid))
+            members.setdefault((self._group_key(grid, self.coordinates(rank)), within), []).append(rank)
         return tuple(tuple(ranks) for ranks in members.values())
 
     def _group_key(self, axis: str, c: Coordinates) -> object:

@@ -5,7 +5,7 @@ How a tensor is cut is arithmetic and lives in `shard.py`; groups live in `mesh.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -52,11 +52,13 @@ class ShardedParameter(torch.nn.Parameter):
         logical_name: its name in the whole model, the same under every layout.
         spec: how it is cut.
         regions: what this rank holds of it.
+        open_gradient: makes its `.grad`, where that is there only while a backward writes it.
     """
 
     logical_name: str
     spec: ShardSpec
     regions: tuple[Region, ...]
+    open_gradient: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)

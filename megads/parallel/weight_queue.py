@@ -42,10 +42,16 @@ class _Kept:
 
 
 def gradient_of(weight: Tensor) -> Tensor:
-    """The buffer that a weight's gradient is added to."""
+    """The buffer that a weight's gradient is added to: made if there is none, of a brief one with its bucket."""
+    if weight.grad is None:
+        getattr(weight, "open_gradient", _no_bucket)()
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     return weight.grad
+
+
+def _no_bucket() -> None:
+    """What a weight that lies in no bucket has to open."""
 
 
 class WeightQueue:
