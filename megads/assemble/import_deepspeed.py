@@ -106,7 +106,7 @@ def _logical(origin: Origin, kinds: Mapping[str, Named]) -> _Logical:
     if any("query_key_value" in name or "linear_qkv" in name for name in present):
         names = read_names(list(parameters), list(present))
         found = {
-            kind: from_ranks(parameters, names, named, model=origin.model) for kind, named in kinds.items()
+            kind: from_ranks(parameters, named, names=names, model=origin.model) for kind, named in kinds.items()
         }
         return _Logical(found, {name: (foreign,) for name, foreign in names.items()})
     family = HUGGING_FACE[origin.config.model.family]

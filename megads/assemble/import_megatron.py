@@ -40,7 +40,7 @@ def open_megatron_lm(path: Path, hints: Hints, *, store: Store) -> Origin:
     tensors = {
         f"{kind}/{name}": values
         for kind, named in kinds.items()
-        for name, values in from_ranks(parameters, names, named, model=origin.model).items()
+        for name, values in from_ranks(parameters, named, names=names, model=origin.model).items()
     }
     notes = state.notes
     if vocab is None and not files.args.get("vocab_size"):
@@ -59,12 +59,15 @@ def open_megatron_lm(path: Path, hints: Hints, *, store: Store) -> Origin:
 
 def from_ranks(
     parameters: Mapping[str, ShardSpec],
-    names: Mapping[str, str],
     shards: Mapping[str, Shards],
     *,
+    names: Mapping[str, str],
     model: ModelConfig,
 ) -> dict[str, Values]:
     """Logical name -> the whole tensor, of what tensor-parallel ranks have under Megatron's names.
+
+    Args:
+        names: logical name -> Megatron's.
 
     Raises:
         CheckpointError: a tensor of another shape than the model's.

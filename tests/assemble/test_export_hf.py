@@ -19,10 +19,11 @@ import torch
 
 from megads.assemble import export_hf as module
 from megads.assemble.compare import compare, sample_tokens
+from megads.assemble.convert import open_origin
+from megads.assemble.origin import Hints
 from megads.checkpoint import hf
 from megads.checkpoint.hf_names import Family
 from megads.checkpoint.store import Store
-from megads.config.load import dump
 from megads.data.tokenizer import open_tokenizer
 from megads.errors import CheckpointError, DataError
 from megads.evaluate.generate import Generator, Sampling
@@ -282,7 +283,10 @@ def test_a_bit_that_the_disk_turned_is_seen(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
-def test_without_safetensors_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_safetensors_nothing_begins(
+    tmp_path: Path, hf_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_step(tmp_path / "run", Sample("gpt", layers=1), hf_tokenizer)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip install safetensors"):
         to_hf(tmp_path / "run", tmp_path / "out")
@@ -302,15 +306,13 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, hf_tokenizer: Path, sp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_step_of_another_model_than_its_config_is_refused(
-    tmp_path: Path, hf_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_of_another_model_than_its_config_is_refused(tmp_path: Path, hf_tokenizer: Path) -> None:
     save_step(tmp_path / "run", Sample("gpt"), hf_tokenizer)
     other = config_of(Sample("gpt", layers=4), hf_tokenizer)
-    monkeypatch.setattr(module, "_config_of", lambda reader: other)
+    origin = replace(open_origin(tmp_path / "run", Hints()), config=other)
     with pytest.raises(CheckpointError, match=r"layers\.\*\.attention"):
-        to_hf(tmp_path / "run", tmp_path / "out")
-    assert "layers: 4" in dump(other)
+        module.export_hf(origin, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
