@@ -1,7 +1,10 @@
 """`python -m megads generate CHECKPOINT --prompt TEXT [key=value ...]`: sample text on a training layout.
 
-Every rank runs its stages on the whole text so far; the last stage picks the next token and tells the others.
-There is no key/value cache: a text of n tokens costs n forwards of at most the trained length.
+Every rank runs its stages; the last stage picks the next token and tells the others. The prompt is computed once, and
+then one token at a time with the keys and values of those before (`layers/cache.py`); context-parallel ranks each run
+the whole text. A text that is longer than the model's positions slides: its last `max_positions` tokens are computed
+anew for each token more. So is every text without a cache (`--no-cache`), and where experts drop tokens
+(`model.capacity`): which ones they drop hangs on all tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from megads.data.sequence import Batch, context_columns
 from megads.data.tokenizer import open_tokenizer
 from megads.errors import CheckpointError, ConfigError
 from megads.evaluate.restore import restore
+from megads.layers.cache import Cache, caching
 from megads.model.decoder import HeadBlock
 from megads.parallel.bootstrap import disconnect
 from megads.parallel.collectives import broadcast_
@@ -67,9 +71,15 @@ def pick_token(logits: Tensor, sampling: Sampling, *, generator: torch.Generator
 
 
 class Generator:
-    """Continues token sequences with a model that is cut over the ranks of a mesh. All ranks call it alike."""
+    """Continues token sequences with a model that is cut over the ranks of a mesh. All ranks call it alike.
 
-    def __init__(self, model: Model, mesh: Mesh) -> None:
+    Args:
+        has_cache: whether a token is computed once, if the model allows it; else with every token after it.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh, *, has_cache: bool = True) -> None:
+        moe = model.spec.moe
+        self._has_cache = has_cache and (moe is None or moe.capacity is None)
         self._model = model
         self._mesh = mesh
         self._tensor_cut = mesh.group("tp").size if model.is_sequence_parallel else 1
@@ -89,9 +99,12 @@ class Generator:
         """
         self._model.eval()
         draw = torch.Generator().manual_seed(sampling.seed)
-        window, made = list(tokens), []
+        window, made, limit = list(tokens), [], self._model.spec.max_positions
+        cache = Cache(min(len(window) + num_tokens, limit) + self._tensor_cut) if self._has_cache else None
         for _ in range(num_tokens):
-            logits = self._next_logits(window[-self._model.spec.max_positions :])
+            if cache is not None and len(window) > limit:
+                cache.clear()
+            logits = self._next_logits(window[-limit:], cache)
             token = torch.zeros(1, dtype=torch.int64, device=self._mesh.device)
             if logits is not None:
                 token += pick_token(logits, sampling, generator=draw)
@@ -104,22 +117,42 @@ class Generator:
         self._model.train()
         return made
 
-    def _next_logits(self, tokens: list[int]) -> Tensor | None:
+    def _next_logits(self, tokens: list[int], cache: Cache | None) -> Tensor | None:
         """Logits [vocab] after the last token on the ranks of the last stage; None on the others."""
-        device, last = self._mesh.device, len(tokens) - 1
-        tokens = tokens + [0] * (-len(tokens) % self._multiple)  # after the last token, where nothing looks
-        seq = len(tokens)
-        ids = torch.tensor([tokens], device=device)
-        positions = torch.arange(seq, device=device).clamp_max(self._model.spec.max_positions - 1)
-        batch = Batch(
+        first = 0 if cache is None else cache.length
+        num_new = len(tokens) - first
+        if cache is None:
+            batch = self._batch(tokens, first=0, multiple=self._multiple)
+            batch = batch.context_part(self._context.rank, self._context.size)
+            payload = self._run_stages(batch)
+            if payload is None:
+                return None
+            logits = self._head.logits(payload)[0]
+            return self._row_of(num_new - 1, logits, seq=self._context.size * batch.tokens.shape[1])
+        batch = self._batch(tokens[first:], first=first, multiple=self._tensor_cut)
+        with caching(self._model.stages.values(), cache), cache.step(num_new):
+            payload = self._run_stages(batch)
+        if payload is None:
+            return None
+        return self._head.logits(payload, columns=slice(num_new - 1, num_new))[0, 0]
+
+    def _batch(self, tokens: list[int], *, first: int, multiple: int) -> Batch:
+        """A row of the tokens at positions `first`, ...; filled up after the last, where nothing looks."""
+        device = self._mesh.device
+        ids = torch.tensor([tokens + [0] * (-len(tokens) % multiple)], device=device)
+        positions = torch.arange(first, first + ids.shape[1], device=device)
+        return Batch(
             tokens=ids,
             labels=ids,
             mask=torch.zeros_like(ids, dtype=torch.bool),
-            positions=positions[None],
+            positions=positions.clamp_max(self._model.spec.max_positions - 1)[None],
             document_ids=None,
             samples=torch.zeros(1, dtype=torch.int64, device=device),
             step=1,
-        ).context_part(self._context.rank, self._context.size)
+        )
+
+    def _run_stages(self, batch: Batch) -> Payload | None:
+        """What the trunk hands to the head, on the ranks of the last stage; None on the others."""
         seq_local = batch.tokens.shape[1] // self._tensor_cut
         spec = TensorSpec((seq_local, 1, self._model.spec.hidden), self._model.dtype)
         payload: Payload = ()
@@ -129,11 +162,17 @@ class Generator:
                 payload = self._transport.receive((spec,), peer=before).wait()
             for block in blocks:
                 if isinstance(block, HeadBlock):
-                    return self._row_of(last, block.logits(payload)[0], seq=seq)
+                    return payload
                 payload = block(payload, batch).payload
             if (after := rank_of(stage + 1)) != own:
                 self._transport.send(payload, (spec,), peer=after)
         return None
+
+    @property
+    def _head(self) -> HeadBlock:
+        """The output head, on the ranks of the last stage."""
+        last = self._model.stages[self._mesh.layout.num_stages - 1]
+        return next(block for block in last if isinstance(block, HeadBlock))
 
     def _row_of(self, column: int, logits: Tensor, *, seq: int) -> Tensor:
         """The logits [vocab] of one column of `seq`, from the context-parallel rank that has it."""
@@ -154,6 +193,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default 1)")
     parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-cache", action="store_true", help="compute all tokens again for each one more")
     parser.add_argument("--weights", default="model", metavar="KIND", help="model, or ema_DECAY")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
     options = parser.parse_intermixed_args(argv)
@@ -174,7 +214,7 @@ def main(argv: Sequence[str]) -> int:
     ids, _ = tokenizer.encode_batch([options.prompt])
     if not len(ids):
         raise ConfigError("--prompt has no token", found=repr(options.prompt), allowed="some text")
-    made = Generator(restored.model, restored.mesh).extend(
+    made = Generator(restored.model, restored.mesh, has_cache=not options.no_cache).extend(
         ids.tolist(), num_tokens=options.tokens, sampling=sampling, stop=tokenizer.eod
     )
     if restored.mesh.rank == 0:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megads.data.sequence import Batch
+from megads.layers.cache import Cached
 from megads.layers.context import context_attention
 from megads.layers.dropout import AttentionDropout
 from megads.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -50,7 +50,7 @@ class AttentionSpec:
         return 2 * self.heads * self.head_dim
 
 
-class SelfAttention(torch.nn.Module):
+class SelfAttention(Cached):
     """Causal self-attention.
 
     Args:
@@ -99,7 +99,7 @@ class SelfAttention(torch.nn.Module):
 
     def forward(self, x: Tensor, batch: Batch, *, origin: Origin | None = None) -> Tensor:
         """With the origin of x, that is kept for the backward in its place."""
-        if (batch.columns is None) != (self._context.size == 1):
+        if self.cache is None and (batch.columns is None) != (self._context.size == 1):
             raise ValueError("attention wants the context-parallel part of whole rows: Batch.context_part")
         fused = self.qkv(x, origin)  # [seq, batch, local q + k + v]
         seq, rows, _ = fused.shape
@@ -115,16 +115,19 @@ class SelfAttention(torch.nn.Module):
             angles = rotary_angles(batch.positions, self._rope, dim=self._dim)
             q, k = (rotary(x, angles, rope=self._rope) for x in (q, k))
             v = v.contiguous()  # as a part of `fused` it would keep q and k as they were before
-        attended = context_attention(
-            q,
-            k,
-            v,
-            group=self._context,
-            kind=self._context_kind,
-            scale=self._dim**-0.5,
-            documents=batch.document_ids,
-            dropout=self.dropout.plan(batch),
-        )
-        merged = attended.out.permute(2, 0, 1, 3).reshape(seq, rows, num_heads * self._dim)
+        if self.cache is not None:
+            attended = self.cache.attend(self, q, (k, v), scale=self._dim**-0.5)
+        else:
+            attended = context_attention(
+                q,
+                k,
+                v,
+                group=self._context,
+                kind=self._context_kind,
+                scale=self._dim**-0.5,
+                documents=batch.document_ids,
+                dropout=self.dropout.plan(batch),
+            ).out
+        merged = attended.permute(2, 0, 1, 3).reshape(seq, rows, num_heads * self._dim)
         out: Tensor = self.out(merged)
         return out

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from megads.data.sequence import Batch
+from megads.layers.cache import Cached
 from megads.layers.context import context_attention
 from megads.layers.dropout import AttentionDropout
 from megads.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from megads.layers.norm import RMSNorm
 from megads.layers.recompute import Origin
+from megads.ops.attention import attention
 from megads.ops.rope import RopeSpec, rotary, rotary_angles
 from megads.parallel.collectives import copy_to, start_gather_sequence
 from megads.parallel.parameter import Scope
@@ -109,7 +111,7 @@ class Latent(torch.nn.Module):
         return y
 
 
-class LatentAttention(torch.nn.Module):
+class LatentAttention(Cached):
     """Causal latent attention, [seq, batch, hidden] ([seq / n, ...] with sequence parallelism) -> the same.
 
     Args:
@@ -168,16 +170,23 @@ class LatentAttention(torch.nn.Module):
 
     def forward(self, x: Tensor, batch: Batch, *, origin: Origin | None = None) -> Tensor:
         """With the origin of x, that is kept for the backward in its place."""
-        if (batch.columns is None) != (self._context.size == 1):
+        if self.cache is not None:
+            (latents,) = self.cache.extend(self, self.latents(x, batch))
+            if self.cache.length:
+                return self.absorbed(x, batch, cache=latents)
+        elif (batch.columns is None) != (self._context.size == 1):
             raise ValueError("attention wants the context-parallel part of whole rows: Batch.context_part")
         spec, angles = self._spec, self._angles(batch)
         q = self._queries(x, angles, origin)  # [batch, local heads, seq, nope + rope]
         latent, k_rope = self.kv.down(x, origin).split_with_sizes([spec.kv_lora, spec.rope_dim], dim=-1)
         k_nope, v = self._heads(self.kv.expand(latent)).split_with_sizes([spec.nope_dim, spec.v_dim], dim=-1)
         k_rope = self._turned(k_rope, angles).expand(-1, k_nope.shape[1], -1, -1)
+        k = torch.cat((k_nope, k_rope), dim=-1)
+        if self.cache is not None:
+            return self._merged(attention(q, k, v, scale=spec.scale).out)
         attended = context_attention(
             q,
-            torch.cat((k_nope, k_rope), dim=-1),
+            k,
             v.contiguous(),  # as a part of what `expand` made it would keep k_nope a second time
             group=self._context,
             kind=self._context_kind,

@@ -78,6 +78,7 @@ class HeadBlock(torch.nn.Module):
         )
         self._group = scope.mesh.group("tp")
         self._vocab = spec.vocab
+        self._is_cut = scope.sequence_parallel
         self._has_more = spec.mtp is not None
         self._weights = spec.objective.weights(spec.vocab)
         self._chunked = (
@@ -117,10 +118,18 @@ class HeadBlock(torch.nn.Module):
         )
         return losses.sum(batch.mask.flatten())
 
-    def logits(self, payload: Payload) -> Tensor:
-        """(hidden,) -> [batch, seq, vocab] over the whole vocabulary, on every tensor-parallel rank (no gradient)."""
+    def logits(self, payload: Payload, *, columns: slice = slice(None)) -> Tensor:
+        """(hidden,) -> [batch, seq, vocab] over the whole vocabulary, on every tensor-parallel rank (no gradient).
+
+        Args:
+            columns: those of the sequence that are wanted.
+        """
         (hidden,) = payload
-        local = self.output(self.norm(hidden)).transpose(0, 1)
+        normed = self.norm(hidden)
+        if self._is_cut:
+            local = self.output(normed)[columns].transpose(0, 1)
+        else:
+            local = self.output(normed[columns]).transpose(0, 1)
         return gather_last(local, self._group)[..., : self._vocab]
 
 
