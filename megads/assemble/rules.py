@@ -17,6 +17,8 @@ from megads.assemble import (
     rules_data,
     rules_engine,
     rules_experts,
+    rules_family,
+    rules_latent,
     rules_layout,
     rules_memory,
     rules_optim,
@@ -29,6 +31,8 @@ from megads.errors import ConfigError
 
 RULES: tuple[Rule, ...] = (
     *rules_layout.RULES,
+    *rules_family.RULES,
+    *rules_latent.RULES,
     *rules_context.RULES,
     *rules_schedule.RULES,
     *rules_memory.RULES,

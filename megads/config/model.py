@@ -9,17 +9,30 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megads.config.section import section
 
+LATENT_FAMILIES = ("deepseek_v2", "deepseek_v3")
+"""Those with latent attention."""
+
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+@section
+class WeightConfig:
+    """A weight that holds from a point of the run on."""
+
+    tokens: NonNegativeInt
+    """Tokens that were read before a step, over all ranks."""
+    weight: PositiveFloat
+    """What it is from there on."""
 
 
 @section
 class ModelConfig:
     """The model family and its sizes. `null` means: what the family does (written out in the saved config)."""
 
-    family: Literal["gpt", "llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
+    family: Literal["gpt", "llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3"]
     """gpt: learned positions, LayerNorm, GELU, biases. llama: rotary positions, RMSNorm, SwiGLU, no biases. qwen2: as
     llama, with a bias on q, k and v. qwen3: as llama, with a norm over each head of q and k. qwen3_moe, mixtral: as
-    qwen3 and llama, with experts."""
+    qwen3 and llama, with experts. deepseek_v2, deepseek_v3: latent attention, with experts."""
     layers: PositiveInt
     """Number of transformer layers."""
     hidden: PositiveInt
@@ -29,7 +42,18 @@ class ModelConfig:
     kv_heads: PositiveInt | None = None
     """Number of key/value heads (grouped-query attention); null: one for each query head."""
     head_dim: PositiveInt | None = None
-    """Width of one attention head; null: `model.hidden` / `model.heads`."""
+    """Width of one attention head; null: `model.hidden` / `model.heads`. Latent attention has the four below."""
+    q_lora: PositiveInt | None = None
+    """Latent attention (deepseek_v2, deepseek_v3): width of the latent that queries are made of; null: they are made of
+    the residual stream itself."""
+    kv_lora: PositiveInt | None = None
+    """Latent attention: width of the latent that keys and values are made of; null: 512."""
+    nope_dim: PositiveInt | None = None
+    """Latent attention: width of the part of a head's queries and keys that positions don't turn; null: 128."""
+    rope_dim: PositiveInt | None = None
+    """Latent attention: width of the part that they turn, of keys the same for all heads; null: 64."""
+    v_dim: PositiveInt | None = None
+    """Latent attention: width of a head's values; null: 128."""
     ffn: PositiveInt | None = None
     """Width of the feed-forward layer; null: 4 x hidden (gpt), 8/3 x hidden rounded up to a multiple of 256 (others).
     """
@@ -42,7 +66,8 @@ class ModelConfig:
     norm_eps: PositiveFloat | None = None
     """Constant under the square root of the norms; null: 1e-5 (gpt, mixtral), 1e-6 (others)."""
     rope_theta: PositiveFloat | None = None
-    """Base of the rotary frequencies (rotary families); null: 10000 (llama), 1e6 (qwen2, qwen3, qwen3_moe, mixtral)."""
+    """Base of the rotary frequencies (rotary families); null: 1e6 (qwen2, qwen3, qwen3_moe, mixtral), 10000
+    (others)."""
     rope_scaling: Literal["none", "llama3", "yarn"] = "none"
     """How rotary frequencies are stretched for contexts longer than the first ones: as Llama 3.1, or as YaRN."""
     rope_factor: PositiveFloat = 1.0
@@ -53,6 +78,11 @@ class ModelConfig:
     """Pairs that turn fewer times than this over that length are stretched by the whole factor; null: 1."""
     rope_many_turns: PositiveFloat | None = None
     """Pairs that turn more often than this stay as they are; null: 4 (llama3), 32 (yarn)."""
+    rope_mscale: PositiveFloat | None = None
+    """YaRN of latent attention: 0.1 x this x ln(factor) + 1 multiplies what is turned, over the same of the next key;
+    null: 1 of this, 0 of that."""
+    rope_mscale_all_dim: PositiveFloat | None = None
+    """YaRN of latent attention: (0.1 x this x ln(factor) + 1)^2 multiplies the scores; null: they stay as they are."""
     experts: PositiveInt | None = None
     """Number of experts of a layer (SwiGLU families); null: every layer is dense."""
     experts_per_token: PositiveInt = 2
@@ -67,7 +97,8 @@ class ModelConfig:
     router: Literal["softmax", "sigmoid"] = "softmax"
     """How a router's logits become scores."""
     renormalise: bool | None = None
-    """Whether the gates of a token are divided by their sum; null: true for qwen3_moe and mixtral, false for others."""
+    """Whether the gates of a token are divided by their sum; null: true for qwen3_moe, mixtral and
+    deepseek_v3, false for others."""
     routed_scaling: PositiveFloat = 1.0
     """What gates are multiplied by."""
     expert_groups: PositiveInt = 1
@@ -92,8 +123,9 @@ class ModelConfig:
     mtp_layers: NonNegativeInt = 0
     """Depths of multi-token prediction: layers behind the head that learn to predict 2, 3, ... tokens ahead, for
     training alone; numbered after the others. 0: none."""
-    mtp_weight: PositiveFloat = 0.3
-    """Weight of the loss of multi-token prediction, the mean over its depths."""
+    mtp_weight: PositiveFloat | Annotated[tuple[WeightConfig, ...], MinLen(1)] = 0.3
+    """Weight of the loss of multi-token prediction, the mean over its depths: a number, or a list of {tokens, weight},
+    the first of 0 tokens (DeepSeek-V3: 0.3, from 10 T tokens on 0.1)."""
     dropout: Probability = 0.0
     """Dropout probability after the embedding and at each residual branch."""
     attention_dropout: Probability = 0.0

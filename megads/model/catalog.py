@@ -7,11 +7,22 @@ from types import MappingProxyType
 
 from megads.checkpoint.hf_names import Family
 from megads.config.model import ModelConfig
-from megads.model import gpt, llama
+from megads.model import deepseek, gpt, llama, mixtral, qwen
 from megads.model.family import ModelFamily
 from megads.model.spec import DecoderSpec
 
-FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({"gpt": gpt.GPT, "llama": llama.LLAMA})
+FAMILIES: Mapping[str, ModelFamily] = MappingProxyType(
+    {
+        "gpt": gpt.GPT,
+        "llama": llama.LLAMA,
+        "qwen2": qwen.QWEN2,
+        "qwen3": qwen.QWEN3,
+        "qwen3_moe": qwen.QWEN3_MOE,
+        "mixtral": mixtral.MIXTRAL,
+        "deepseek_v2": deepseek.DEEPSEEK_V2,
+        "deepseek_v3": deepseek.DEEPSEEK_V3,
+    }
+)
 
 HUGGING_FACE: Mapping[str, Family] = MappingProxyType(
     {name: family.hugging_face for name, family in FAMILIES.items()}

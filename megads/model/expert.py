@@ -18,6 +18,7 @@ def complete_experts(config: ModelConfig) -> ModelConfig:
     return replace(
         config,
         expert_ffn=config.expert_ffn or config.ffn,
+        renormalise=bool(config.renormalise),
         group_score=config.group_score or ("max" if config.router == "softmax" else "top2"),
         balance_weight=default_weight if config.balance_weight is None else config.balance_weight,
     )
@@ -35,7 +36,7 @@ def describe_experts(config: ModelConfig) -> MoESpec | None:
         ffn=config.expert_ffn,
         shared_ffn=config.shared_experts * config.expert_ffn,
         scores=config.router,
-        renormalises=config.renormalise,
+        renormalises=bool(config.renormalise),
         scaling=config.routed_scaling,
         groups=config.expert_groups,
         groups_per_token=config.groups_per_token,

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from megads.checkpoint.hf_names import Family
 from megads.config.model import ModelConfig
 from megads.layers.attention import AttentionSpec
+from megads.layers.mla import MLASpec
 from megads.model.expert import complete_experts, describe_experts
 from megads.model.spec import DecoderSpec, MTPSpec
 from megads.ops.rope import Llama3Scaling, RopeSpec, YarnScaling, yarn_magnitude
@@ -27,31 +28,46 @@ def grouped_attention(
     """Grouped-query attention of the sizes in a complete config; its head norms have the eps of the others."""
     return AttentionSpec(
         heads=config.heads,
-        kv_heads=_known(config.kv_heads),
-        head_dim=_known(config.head_dim),
+        kv_heads=known(config.kv_heads),
+        head_dim=known(config.head_dim),
         qkv_bias=qkv_bias,
         out_bias=out_bias,
         qk_norm_eps=config.norm_eps if qk_norm else None,
     )
 
 
-def rotary_positions(config: ModelConfig) -> RopeSpec:
-    """Half-split rotary positions of a complete config."""
-    theta, original = _known(config.rope_theta), config.rope_original_positions
+def rotary_positions(config: ModelConfig, *, is_interleaved: bool = False) -> RopeSpec:
+    """Rotary positions of a complete config, half-split or interleaved."""
+    return RopeSpec(known(config.rope_theta), _scaling(config), is_interleaved)
+
+
+def _scaling(config: ModelConfig) -> Llama3Scaling | YarnScaling | None:
+    original = config.rope_original_positions
     if config.rope_scaling == "none" or original is None:
-        return RopeSpec(theta)
-    factor, few, many = config.rope_factor, _known(config.rope_few_turns), _known(config.rope_many_turns)
+        return None
+    factor, few, many = config.rope_factor, known(config.rope_few_turns), known(config.rope_many_turns)
     if config.rope_scaling == "llama3":
-        return RopeSpec(theta, Llama3Scaling(factor, original, few_turns=few, many_turns=many))
-    magnitude = yarn_magnitude(factor)
-    return RopeSpec(theta, YarnScaling(factor, original, many_turns=many, few_turns=few, magnitude=magnitude))
+        return Llama3Scaling(factor, original, few_turns=few, many_turns=many)
+    magnitude = yarn_magnitude(factor, 1.0 if config.rope_mscale is None else config.rope_mscale)
+    if config.rope_mscale_all_dim is not None:
+        magnitude /= yarn_magnitude(factor, config.rope_mscale_all_dim)
+    return YarnScaling(factor, original, many_turns=many, few_turns=few, magnitude=magnitude)
 
 
-def _known(value: T | None) -> T:
+def known(value: T | None) -> T:
     """A value of a complete config."""
     if value is None:
         raise ValueError("the config is not complete: catalog.complete")
     return value
+
+
+def _mtp(config: ModelConfig) -> MTPSpec | None:
+    """Multi-token prediction; None: there is none."""
+    if not config.mtp_layers:
+        return None
+    if isinstance(config.mtp_weight, tuple):
+        return MTPSpec(config.mtp_layers, tuple((point.tokens, point.weight) for point in config.mtp_weight))
+    return MTPSpec(config.mtp_layers, ((0, config.mtp_weight),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +87,7 @@ class ModelFamily:
     hugging_face: Family
     ffn: Callable[[int], int]
     defaults: Mapping[str, object]
-    attention: Callable[[ModelConfig], AttentionSpec] = grouped_attention
+    attention: Callable[[ModelConfig], AttentionSpec | MLASpec] = grouped_attention
     rope: Callable[[ModelConfig], RopeSpec] | None = rotary_positions
     norm: Literal["layer", "rms"] = "rms"
     activation: Literal["gelu", "swiglu"] = "swiglu"
@@ -105,20 +121,20 @@ class ModelFamily:
         return DecoderSpec(
             layers=config.layers,
             hidden=config.hidden,
-            vocab=_known(config.vocab),
+            vocab=known(config.vocab),
             attention=self.attention(config),
             rope=None if self.rope is None else self.rope(config),
-            max_positions=_known(config.max_positions),
-            ffn=_known(config.ffn),
+            max_positions=known(config.max_positions),
+            ffn=known(config.ffn),
             activation=self.activation,
             mlp_bias=self.mlp_bias,
             norm=self.norm,
-            norm_eps=_known(config.norm_eps),
-            tied=_known(config.tied),
+            norm_eps=known(config.norm_eps),
+            tied=known(config.tied),
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
             init_std=config.init_std,
             moe=describe_experts(config),
             expert_layers=config.expert_layers,
-            mtp=MTPSpec(config.mtp_layers, config.mtp_weight) if config.mtp_layers else None,
+            mtp=_mtp(config),
         )

@@ -67,7 +67,7 @@ def test_terms_have_the_weights_of_the_config() -> None:
     assert [term.name for term in make(experts=8, balance="bias").terms] == ["loss"]
 
 
-def test_hugging_face_has_no_name_for_it_yet() -> None:
+def test_a_dense_family_of_hugging_face_has_no_name_for_it() -> None:
     config = ModelConfig(family="llama", layers=4, hidden=HIDDEN, heads=4, experts=8)
     with pytest.raises(CheckpointError, match=r"no experts[\s\S]*model.experts 8"):
         HUGGING_FACE["llama"].to_config(config)
