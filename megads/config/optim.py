@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 from annotated_types import MinLen
 from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megads.config.guard import GuardConfig
 from megads.config.schedule import LengthConfig, PieceConfig, PlateauConfig, RestartsConfig, TailConfig
 from megads.config.section import section
+from megads.config.update import GroupConfig, MuonConfig
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -18,8 +20,9 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 class OptimConfig:
     """Optimizer, learning-rate schedule, clipping, precision and ZeRO stage."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw: decoupled weight decay (Loshchilov and Hutter 2019). sgd: plain, for comparisons."""
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """adamw: decoupled weight decay (Loshchilov and Hutter 2019). sgd: plain, for comparisons. muon: for the weights of
+    attention and feed-forward layers, adamw for the rest (`optim.muon`)."""
     lr: PositiveFloat
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
@@ -54,6 +57,11 @@ class OptimConfig:
     """Adam's constant beside the square root."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
+    groups: tuple[GroupConfig, ...] = ()
+    """Parameters by pattern and what holds for them: [{match, optimizer, lr_scale, weight_decay, eps}, ...]. One group
+    sets a key of a parameter; `*.bias` matches every bias."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Muon's own keys: {momentum, nesterov, coefficients, steps, scale, dtype, adamw_lr}."""
     clip: PositiveFloat | None = 1.0
     """Global gradient norm above which all gradients are scaled down; null: no clipping."""
     label_smoothing: Beta = 0.0
@@ -65,6 +73,9 @@ class OptimConfig:
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-sum-exp of the logits in the loss, which keeps it near 0 (PaLM, section 5: 1e-4); 0:
     none."""
+    guard: GuardConfig | None = None
+    """What becomes of a step whose loss or gradient norm is not finite or out of line: {policy, sigma, window, limit};
+    null: the run ends where they are not finite."""
     ema: tuple[Beta, ...] = ()
     """Running averages of the float32 weights, by decay: [0.999, 0.9999]; each costs a copy of them. `evaluate`,
     `generate` and the converter take one by `--weights ema_0.999`."""

@@ -23,7 +23,8 @@ from megads.parallel.weight_queue import WeightQueue, gradient_of
 
 def vocabulary_spec(vocab: int, hidden: int, *, init_std: float, tie: str | None) -> ShardSpec:
     """Declaration of a [vocab, hidden] weight, as embedding or head."""
-    return ShardSpec((vocab, hidden), (Cut(0, "tp", pad=True),), Init("normal", init_std), tie=tie)
+    cuts = (Cut(0, "tp", pad=True),)
+    return ShardSpec((vocab, hidden), cuts, Init("normal", init_std), role="embedding", tie=tie)
 
 
 def vocabulary_columns(weight: ShardedParameter) -> Columns:
@@ -84,7 +85,8 @@ class PositionEmbedding(torch.nn.Module):
         super().__init__()
         self._group = scope.mesh.group("tp")
         self._is_cut = scope.sequence_parallel
-        spec = ShardSpec((max_positions, hidden), init=Init("normal", init_std), partial=scope.partial)
+        init = Init("normal", init_std)
+        spec = ShardSpec((max_positions, hidden), init=init, partial=scope.partial, role="embedding")
         self.weight = scope.parameter("weight", spec)
 
     def forward(self, positions: Tensor) -> Tensor:

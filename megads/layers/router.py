@@ -221,7 +221,8 @@ class Router(Tallied):
         device = scope.mesh.device
         self.row = row
         self.weight = scope.parameter(
-            "weight", ShardSpec((spec.experts, hidden), init=Init("normal", init_std), partial=("tp",))
+            "weight",
+            ShardSpec((spec.experts, hidden), init=Init("normal", init_std), partial=("tp",), role="router"),
         )
         self.choice = Choice(spec)
         self.tally = torch.zeros(spec.num_columns, dtype=torch.float64, device=device)

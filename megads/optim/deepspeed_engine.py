@@ -116,7 +116,7 @@ class DeepSpeedEngine:
         factor = clip_factor(norm, self._config.clip) * count / self._scale.value
         optimizer = self._twins.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         device = self._held[0].partition.device if self._held else self._mesh.device
         optimizer.grad_scale = (1.0 / factor).float().to(device)  # type: ignore[attr-defined]
         optimizer.found_inf = (~taken).float().to(device)  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ from torch import Tensor
 from megads.config.optim import OptimConfig
 from megads.optim.deepspeed_twin import Held, sum_outside
 from megads.optim.deepspeed_zero import initialize, offloads_optimizer
+from megads.optim.group import check_groups, group_of
 from megads.optim.precision import COMPUTE_DTYPES
 from megads.optim.share import Share
 from megads.optim.update import make_optimizer
@@ -55,7 +56,7 @@ class GatheredTwins:
             twin.grad_dtype = torch.float32
         self.optimizer = make_optimizer(
             list(self._twins),
-            [bucket.traits.decay for bucket in self._buckets],
+            [bucket.traits.group for bucket in self._buckets],
             name=config.name,
             config=config,
         )
@@ -224,12 +225,19 @@ def _buckets_of(
 ) -> tuple[list[tuple[Bucket, ...]], list[Tensor]]:
     """The buckets of each block, a tied parameter in its first one, and this rank's float32 values of each bucket."""
     dtype = COMPUTE_DTYPES[config.precision]
+    check_groups(parameter_table(blocks), mesh, config=config)
     seen: set[int] = set()
     owned, initial = [], []
     for block in blocks:
         parameters = [p for p in parameter_table([block]) if id(p) not in seen]
         seen.update(map(id, parameters))
-        made = make_buckets(parameters, mesh, max_elements=config.bucket_elements, dtype=dtype)
+        made = make_buckets(
+            parameters,
+            mesh,
+            max_elements=config.bucket_elements,
+            dtype=dtype,
+            group_of=partial(group_of, config=config),
+        )
         for bucket in made:
             assert bucket.initial is not None
             initial.append(bucket.shard(bucket.initial).clone())

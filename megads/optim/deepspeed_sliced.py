@@ -35,13 +35,13 @@ class SlicedTwins:
         self._config = config
         self._offloads = offloads_optimizer(config)
         dtype = COMPUTE_DTYPES[config.precision]
-        buckets = stage_buckets(stages, mesh, max_elements=config.bucket_elements, dtype=dtype)
+        buckets = stage_buckets(stages, mesh, config=config, dtype=dtype)
         self._buckets = tuple(bucket for found in buckets.values() for bucket in found)
         self._twins = torch.nn.ParameterList(torch.nn.Parameter(bucket.values) for bucket in self._buckets)
         # ZeRO puts its flat partitions in the place of the twins in this optimizer's groups
         self.optimizer = make_optimizer(
             list(self._twins),
-            [bucket.traits.decay for bucket in self._buckets],
+            [bucket.traits.group for bucket in self._buckets],
             name=config.name,
             config=config,
         )

@@ -32,12 +32,12 @@ class WholeTwins:
     def __init__(self, stages: Mapping[int, torch.nn.ModuleList], mesh: Mesh, *, config: OptimConfig) -> None:
         self._mesh = mesh
         dtype = COMPUTE_DTYPES[config.precision]
-        buckets = stage_buckets(stages, mesh, max_elements=config.bucket_elements, dtype=dtype)
+        buckets = stage_buckets(stages, mesh, config=config, dtype=dtype)
         self._buckets = tuple(bucket for found in buckets.values() for bucket in found)
         self._twins = torch.nn.ParameterList(torch.nn.Parameter(_master(b)) for b in self._buckets)
         self.optimizer = make_optimizer(
             list(self._twins),
-            [bucket.traits.decay for bucket in self._buckets],
+            [bucket.traits.group for bucket in self._buckets],
             name=config.name,
             config=config,
         )

@@ -8,14 +8,15 @@ gradients are not passed over a second time and the host waits for nothing. Here
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megads.config.optim import OptimConfig
+from megads.optim.group import ParameterGroup
 from megads.optim.share import Share
 
 MOMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType({"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()})
@@ -71,7 +72,7 @@ class FusedUpdate:
         self.shares: tuple[Share, ...] = tuple(shares)
         self._gradients = tuple(gradients)
         self._optimizer = make_optimizer(
-            masters, [share.bucket.traits.decay for share in shares], name=name, config=config
+            masters, [share.bucket.traits.group for share in shares], name=name, config=config
         )
         self.moments: tuple[str, ...] = MOMENTS[name]
 
@@ -92,7 +93,7 @@ class FusedUpdate:
     def step(self, *, lr: float, factor: Tensor, finite: Tensor) -> None:
         """See `Update`."""
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         if self._gradients and self._gradients[0].dtype == torch.float64:
             for gradient in self._gradients:  # the kernels take a factor in float32 alone
                 gradient.mul_(factor)
@@ -108,20 +109,23 @@ class FusedUpdate:
 
 
 def make_optimizer(
-    parameters: Sequence[Tensor], decays: Sequence[bool], *, name: str, config: OptimConfig
+    parameters: Sequence[Tensor], groups: Sequence[Hashable], *, name: str, config: OptimConfig
 ) -> torch.optim.Optimizer:
-    """torch's fused AdamW or SGD over flat parameters, of which those marked in `decays` get weight decay."""
-    groups = [
-        {
-            "params": [p for p, has_decay in zip(parameters, decays, strict=True) if has_decay is decay],
-            "weight_decay": config.weight_decay if decay and name == "adamw" else 0.0,
-        }
-        for decay in (True, False)
+    """torch's fused AdamW or SGD over flat parameters, each updated as its group says.
+
+    A learning rate is to be multiplied by the "lr_scale" of the optimizer's group.
+    """
+    members: dict[ParameterGroup, list[Tensor]] = {}
+    for parameter, group in zip(parameters, groups, strict=True):
+        assert isinstance(group, ParameterGroup)  # `stage_buckets` made it
+        members.setdefault(group, []).append(parameter)
+    made: list[dict[str, Any]] = [
+        {"params": found, "lr_scale": g.lr_scale, "weight_decay": g.weight_decay, "eps": g.eps}
+        for g, found in members.items()
     ]
-    groups = [group for group in groups if group["params"]]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, fused=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return torch.optim.SGD(made, lr=config.lr, fused=True)
+    return torch.optim.AdamW(made, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def start_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -12,6 +12,7 @@ The update is torch's fused AdamW (or SGD), which skips the step on the device w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from megads.config.optim import OptimConfig
 from megads.optim.clip import clip_factor, global_norm
 from megads.optim.engine import Guard, StepReport
+from megads.optim.group import check_groups, group_of
 from megads.optim.precision import COMPUTE_DTYPES, LossScale
 from megads.optim.share import Share
 from megads.optim.update import FusedUpdate, Update
@@ -53,9 +55,7 @@ class NativeEngine:
         self._config = config
         dtype = COMPUTE_DTYPES[config.precision]
         self._reduction = Reduction(is_sharded=config.zero_stage > 0, is_brief=config.zero_stage == 2)
-        buckets = stage_buckets(
-            stages, mesh, max_elements=config.bucket_elements, dtype=dtype, reduction=self._reduction
-        )
+        buckets = stage_buckets(stages, mesh, config=config, dtype=dtype, reduction=self._reduction)
         self._all = tuple(bucket for found in buckets.values() for bucket in found)
         self._reducers = {stage: Reducer(found) for stage, found in buckets.items()}
         self._shares = tuple(_share_of(bucket) for bucket in self._all)
@@ -209,17 +209,23 @@ def stage_buckets(
     stages: Mapping[int, torch.nn.ModuleList],
     mesh: Mesh,
     *,
-    max_elements: int,
+    config: OptimConfig,
     dtype: torch.dtype,
     reduction: Reduction = WHOLE,
 ) -> dict[int, tuple[Bucket, ...]]:
     """Buckets of each stage; a parameter that two stages of this rank share stands in the first one's."""
+    check_groups(parameter_table(stages.values()), mesh, config=config)
     seen: set[int] = set()
     buckets = {}
     for stage in sorted(stages):
         parameters = [p for p in parameter_table(stages[stage]) if id(p) not in seen]
         seen.update(map(id, parameters))
         buckets[stage] = make_buckets(
-            parameters, mesh, max_elements=max_elements, dtype=dtype, reduction=reduction
+            parameters,
+            mesh,
+            max_elements=config.bucket_elements,
+            dtype=dtype,
+            group_of=partial(group_of, config=config),
+            reduction=reduction,
         )
     return buckets

@@ -21,7 +21,7 @@ bucket decays or does not, counts or not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,9 +52,13 @@ WHOLE = Reduction()
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What all parameters of a bucket have in common."""
+    """What all parameters of a bucket have in common.
 
-    decay: bool
+    Attributes:
+        group: how they are updated; the optimizer's matter (`optim/group.py`).
+    """
+
+    group: Hashable
     is_primary: bool
     reduction: str
     partial: tuple[str, ...]
@@ -201,6 +205,7 @@ def make_buckets(
     *,
     max_elements: int,
     dtype: torch.dtype,
+    group_of: Callable[[ShardedParameter], Hashable],
     reduction: Reduction = WHOLE,
 ) -> tuple[Bucket, ...]:
     """Deal parameters to buckets of at most `max_elements` (a larger parameter gets one of its own).
@@ -212,7 +217,8 @@ def make_buckets(
     for parameter in reversed(tuple(parameters)):
         order[id(parameter)] = len(order)
         spec = parameter.spec
-        traits = Traits(spec.decay, is_primary(parameter, mesh), spec.reduction, spec.partial, spec.tie)
+        group, is_counted = group_of(parameter), is_primary(parameter, mesh)
+        traits = Traits(group, is_counted, spec.reduction, spec.partial, spec.tie)
         buckets = groups.setdefault(traits, [[]])
         if buckets[-1] and sum(p.numel() for p in buckets[-1]) + parameter.numel() > max_elements:
             buckets.append([])

@@ -24,6 +24,7 @@ from megads.parallel.shard import (
     regions,
 )
 from megads.parallel.weight_queue import WeightQueue
+from megads.parallel.width import width_rule
 
 ContextKind = Literal["ring", "ulysses", "all_gather"]
 
@@ -52,12 +53,14 @@ class ShardedParameter(torch.nn.Parameter):
         logical_name: its name in the whole model, the same under every layout.
         spec: how it is cut.
         regions: what this rank holds of it.
+        width: of the model, in widths of its muP base.
         open_gradient: makes its `.grad`, where that is there only while a backward writes it.
     """
 
     logical_name: str
     spec: ShardSpec
     regions: tuple[Region, ...]
+    width: float
     open_gradient: Callable[[], None]
 
 
@@ -70,7 +73,7 @@ class Scope:
     Modules declare their parameters through it. Parameters that are tied and live in the same process are one object:
     `ties` remembers them while a model is built. Layers put the computing of their weight gradients into `queue`;
     `context_kind` is how attention meets tokens of other context-parallel ranks; `sequence_pieces` in how many pieces
-    activations cut along the sequence travel.
+    activations cut along the sequence travel. `width` is the model's, in widths of its muP base (`width.py`).
     """
 
     mesh: Mesh
@@ -82,6 +85,7 @@ class Scope:
     queue: WeightQueue = field(default_factory=WeightQueue)
     context_kind: ContextKind = "ring"
     sequence_pieces: int = 1
+    width: float = 1.0
 
     @property
     def partial(self) -> tuple[str, ...]:
@@ -105,11 +109,19 @@ class Scope:
         data = torch.zeros(shape, dtype=self.dtype, device=self.mesh.device)
         parameter = ShardedParameter(data)
         parameter.logical_name = logical_name
-        parameter.spec = spec
+        parameter.spec = self._scaled(spec)
+        parameter.width = self.width
         parameter.regions = regions(spec, self.mesh.sizes, ranks=self.mesh.ranks, name=logical_name)
         if spec.tie is not None:
             self.ties[spec.tie] = parameter
         return parameter
+
+    def _scaled(self, spec: ShardSpec) -> ShardSpec:
+        """The declaration with the initial deviation that the model's width wants."""
+        if self.width == 1.0 or spec.init.kind != "normal":
+            return spec
+        std = spec.init.std * self.width ** width_rule(spec).init
+        return replace(spec, init=replace(spec.init, std=std))
 
 
 def parameter_table(modules: Iterable[torch.nn.Module]) -> tuple[ShardedParameter, ...]:

@@ -26,6 +26,8 @@ Shape = tuple[int, ...]
 
 EXPERT_AXES = ("ep", "etp")
 
+Role = Literal["hidden", "embedding", "router"]
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -110,7 +112,9 @@ class ShardSpec:
         cuts: how mesh axes cut it; at most one cut a dim.
         init: how it starts.
         partial: axes, beside the data-parallel ones, over which each rank's gradient is only a part of the sum.
-        decay: whether weight decay applies.
+        decay: whether weight decay applies: biases, norms and other vectors have none.
+        role: what a matrix does, for optimizers that ask: "hidden" turns activations into activations, "embedding" is
+            one of tokens or positions, or an output head, "router" scores experts.
         tie: logical name of the parameter that this one is a copy of; None: it stands for itself.
     """
 
@@ -119,6 +123,7 @@ class ShardSpec:
     init: Init = Init("zeros")
     partial: tuple[str, ...] = ()
     decay: bool = True
+    role: Role = "hidden"
     tie: str | None = None
 
     @property
