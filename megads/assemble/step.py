@@ -1,6 +1,6 @@
 """One optimizer step: micro-batches through the pipeline, one global count, one update.
 
-    count tokens over all ranks -> run the schedule, seeded with weight / count -> engine: reduce, clip, update -> loss
+    count tokens over all ranks -> run the schedule, seeded with weight / count -> loss -> engine: reduce, clip, update
 
 The loss is (sum over ranks) / (count over ranks), so it is the same number under every layout and micro-batch size. So
 is every other term that the gradient is of; what is reported as the loss is the plain language loss alone. With label
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -19,9 +20,12 @@ from torch import Tensor
 from megads.data.sequence import Batch
 from megads.objective.language import count_tokens
 from megads.optim.engine import Engine, StepReport
+from megads.optim.guard import SpikeGuard
 from megads.parallel.collectives import all_reduce_
 from megads.parallel.mesh import Mesh
 from megads.pipeline.executor import Executor, local_sum
+
+NO_WEIGHTS: Mapping[str, float] = MappingProxyType({})
 
 
 class Stop(Protocol):
@@ -43,6 +47,7 @@ class StepResult:
             labels) and sources, float64 scalars.
         report: of the optimizer.
         num_stops: ranks that were asked to stop before this step's end, float64 scalar, the same on every rank.
+        bounds: [loss, norm] that a guard let the step have, float64; None: there is none.
     """
 
     loss: Tensor
@@ -50,6 +55,7 @@ class StepResult:
     extras: Mapping[str, Tensor]
     report: StepReport
     num_stops: Tensor
+    bounds: Tensor | None
 
 
 def train_step(
@@ -60,13 +66,17 @@ def train_step(
     mesh: Mesh,
     lr: float,
     stop: Stop | None = None,
+    guard: SpikeGuard | None = None,
+    weights: Mapping[str, float] = NO_WEIGHTS,
 ) -> StepResult:
     """Run one optimizer step on this rank's rows of the global batch.
 
     Args:
         batch: this data-parallel rank's rows, whole, on the device.
         lr: learning rate of this step.
-        stop: whether this rank was asked to stop, looked at when the step ends; None: it never is.
+        stop: whether this rank was asked to stop, looked at when the backward has ended; None: it never is.
+        guard: keeps a step whose loss or gradient norm is out of line from being taken; None: what is finite is.
+        weights: of terms that have another one in this step than in general (`DecoderSpec.weights_at`).
     """
     context = mesh.group("cp")
     batch = batch.context_part(context.rank, context.size)
@@ -74,9 +84,11 @@ def train_step(
     num_positions = batch.tokens.numel() * mesh.group("dp_cp").size
     engine.zero_gradients()
     units: dict[str, Tensor | int] = {"label": num_tokens, "position": num_positions}
-    seeds = {term.name: engine.loss_scale * term.weight / units[term.unit] for term in executor.terms}
+    seeds = {
+        term.name: engine.loss_scale * weights.get(term.name, term.weight) / units[term.unit]
+        for term in executor.terms
+    }
     totals = executor.run(batch, seeds=seeds, engine=engine)
-    report = engine.step(lr=lr)
     is_asked = stop is not None and stop.is_raised
     asked = torch.full((), float(is_asked), dtype=torch.float64, device=mesh.device)
     parts = [local_sum(totals, term.name, mesh=mesh, is_cut=term.is_cut) for term in executor.terms]
@@ -85,4 +97,9 @@ def train_step(
         term.name: total / (units[term.unit] * term.num_sources)
         for term, total in zip(executor.terms[1:], others, strict=True)
     }
-    return StepResult(loss / num_tokens, num_tokens, extras, report, num_stops)
+    loss = loss / num_tokens
+    if guard is not None:
+        guard.expect(loss)
+    report = engine.step(lr=lr, guard=guard)
+    bounds = None if guard is None else guard.bounds
+    return StepResult(loss, num_tokens, extras, report, num_stops, bounds)

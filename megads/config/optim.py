@@ -9,6 +9,7 @@ from annotated_types import MinLen
 from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megads.config.guard import GuardConfig
+from megads.config.loss_scale import LossScaleConfig
 from megads.config.schedule import LengthConfig, PieceConfig, PlateauConfig, RestartsConfig, TailConfig
 from megads.config.section import section
 from megads.config.update import GroupConfig, MuonConfig
@@ -85,10 +86,28 @@ class OptimConfig:
     engine: Literal["native", "deepspeed"] = "native"
     """Optimizer engine. native: megads' own ZeRO, which needs torch alone. deepspeed: DeepSpeed's ZeRO."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """ZeRO stage: 0 keeps all on each data-parallel rank, 1 shards optimizer state over them, 2 (deepspeed) also the
-    gradients once they are reduced, 3 (deepspeed) also the weights, which are gathered block by block."""
+    """ZeRO stage: 0 keeps all on each data-parallel rank, 1 shards optimizer state over them, 2 also the gradients
+    once they are reduced, 3 (deepspeed) also the weights, which are gathered block by block."""
     deepspeed: dict[str, JsonValue] = field(default_factory=dict)
     """Keys of DeepSpeed's own configuration, given to it as they are; those that megads sets itself are refused. State in
     host memory: {zero_optimization: {offload_optimizer: {device: cpu}}}, with stage 3 also offload_param."""
     bucket_elements: PositiveInt = 25_000_000
     """Gradient elements reduced by one collective."""
+    reduce_every: PositiveInt = 1
+    """ZeRO 2 of the native engine: micro-batches of a stage after whose backward its gradients are reduced. 1 keeps no
+    whole gradients between micro-batches, and sends as many bytes in each as ZeRO 1 in a step; n sends 1/n of that and
+    keeps whole gradients from the first of n micro-batches to the last."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients travel between data-parallel ranks under ZeRO; they are always added in float32. bf16: half the
+    bytes, and each rank's gradients are rounded once."""
+    shard_size: PositiveInt | None = None
+    """Data-parallel (x context-parallel) ranks over which ZeRO cuts, neighbours, such as those of one host; the others
+    hold copies. null: all."""
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which Adam's moments are kept; the update is computed in float32. bf16: 4 bytes a parameter less; rounded at
+    random, so that small changes are kept on average (a second moment rounded to nearest would never shrink)."""
+    offload: bool = False
+    """Keep masters and moments in the host's memory (pinned on a GPU), and bring them to the device in pieces for the
+    update: 2 bytes of weights and 4 of gradients a parameter stay on it under bf16."""
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    """fp16's dynamic loss scale: {initial, growth, backoff, interval}."""

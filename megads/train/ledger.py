@@ -72,8 +72,15 @@ def _history(config: Config) -> tuple[Segment, ...]:
 def _of_step(config: Config, history: Sequence[Segment], step: int) -> Iterator[str]:
     if not 1 <= step <= config.run.steps:
         raise ConfigError("--step is outside the run", found=step, allowed=f"1..{config.run.steps}")
+    yield from lines_of_step(_corpora(config), history, step=step, seed=config.run.seed)
+
+
+def lines_of_step(
+    corpora: Sequence[Corpus], history: Sequence[Segment], *, step: int, seed: int
+) -> Iterator[str]:
+    """The batch of a step in words: a line that names it, and one a piece of a document."""
     segment = segment_at(history, step)
-    ledger = Ledger(_corpora(config), history, seed=config.run.seed)
+    ledger = Ledger(corpora, history, seed=seed)
     yield f"step {step}: {segment.batch_size} samples of {segment.sequence_length} tokens"
     for entry in ledger.step(step):
         yield f"sample {entry.sample:5} {_words(entry)}"

@@ -10,11 +10,18 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megads.assemble.step import StepResult
+from megads.assemble.wiring import Model
+from megads.config.root import Config
+from megads.data.segment import Segment, segment_at, tokens_by
 from megads.model.spec import DecoderSpec
+from megads.parallel.mesh import Mesh
 
 # dense bf16 peaks of the vendors' data sheets, by a part of the device's name
 CPU_SECONDS = 0.3  # for which the matrix product is timed
@@ -62,3 +69,52 @@ def expert_metrics(result: StepResult, spec: DecoderSpec) -> dict[str, float]:
         if spec.moe.capacity is not None:
             found[f"layers.{layer}/dropped"] = dropped / sum(loads)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step whose numbers were read: seconds of the clock, loss and gradient norm."""
+
+    step: int
+    lr: float
+    seconds: float
+    loss: float
+    norm: float
+    result: StepResult
+
+
+class Meter:
+    """Makes the records of one run's steps, as they stand in metrics.jsonl."""
+
+    def __init__(self, config: Config, model: Model, *, mesh: Mesh) -> None:
+        self._config = config
+        self._spec = model.spec
+        self._mesh = mesh
+        self._peak = config.profile.peak_tflops or peak_tflops(mesh.device, dtype=model.dtype)
+
+    def record(self, done: Done, history: Sequence[Segment]) -> dict[str, Any]:
+        """The metrics of a step."""
+        segment = segment_at(history, done.step)
+        tokens = segment.batch_size * segment.sequence_length
+        flops = self._spec.flops_per_token(segment.sequence_length) * tokens
+        tflops = flops / done.seconds / self._mesh.layout.world_size / 1e12  # of one rank
+        report = done.result.report
+        record = {
+            "step": done.step,
+            "loss": done.loss,
+            "grad_norm": done.norm,
+            "lr": done.lr,
+            "tokens": tokens_by(history, done.step),
+            "seconds": done.seconds,
+            "tokens_per_second": tokens / done.seconds,
+            "model_tflops": tflops,
+            "memory_bytes": peak_memory(self._mesh.device),
+            **expert_metrics(done.result, self._spec),
+        }
+        if self._peak is not None:
+            record["mfu"] = tflops / self._peak
+        if self._config.optim.precision == "fp16":
+            record["loss_scale"] = report.loss_scale.item()
+        if self._config.optim.guard is not None:
+            record["skipped"] = int(not report.taken.item())
+        return record

@@ -6,16 +6,43 @@ checkpoint.load      all of a run: weights, optimizer state, data (`checkpoint/l
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from megads.checkpoint.load import Tolerance, load
 from megads.checkpoint.logical import newest_reader
+from megads.checkpoint.reader import StepReader
 from megads.checkpoint.share import Reading
 from megads.config.checkpoint import CheckpointConfig
+from megads.data.segment import Segment
 from megads.optim.engine import Engine
 from megads.parallel.control import Control
 from megads.parallel.parameter import ShardedParameter, stored_name
+from megads.train import history
+
+_log = logging.getLogger("megads.train")
+
+
+def take_over(engine: Engine, reader: StepReader) -> tuple[Segment, ...]:
+    """Bring an engine whose tensors were filled to the state of a step; returns the history of the data up to there.
+
+    A converted step is step 0 and knows of no data; one without the object `optim` has no optimizer state either, which
+    then starts anew. Both are said aloud.
+
+    Raises:
+        CheckpointError: a later step without a history.
+    """
+    objects = reader.objects
+    if "optim" in objects:
+        engine.load_scalars(objects["optim"])
+    else:
+        engine.load_scalars(engine.scalars())
+        _log.info("%s holds a model alone: the optimizer starts with new moments", reader.path)
+    if reader.step == 0 and "history" not in objects:
+        _log.info("%s comes from another program: the data is read from its beginning", reader.path)
+        return ()
+    return history.from_objects(objects)
 
 
 def start_from(

@@ -3,19 +3,17 @@
     check -> connect -> open data -> build -> find the step to go on from -> loop -> save
 
 The loop reads step n's numbers while step n + 1 is under way, so the device never waits for the host; what they decide
-(stopping at a loss that is not finite) acts one step late, and always before a checkpoint is written.
+(stopping at a loss that is not finite, going back) acts one step late, and always before a checkpoint is written.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,18 +21,12 @@ from megads import log
 from megads.assemble import rules, source, wiring
 from megads.assemble.step import StepResult, train_step
 from megads.checkpoint.background import SavePlan, Saver
-from megads.checkpoint.load import resume
-from megads.checkpoint.preflight import check_writable
-from megads.checkpoint.share import Reading
 from megads.config.checkpoint import CheckpointConfig
 from megads.config.load import dump, load
 from megads.config.root import Config
-from megads.data.loader import check_epochs
 from megads.data.segment import Segment, segment_at
 from megads.data.sequence import Batch
-from megads.errors import NumericsError
-from megads.evaluate.generate import Generator, Sampling
-from megads.evaluate.perplexity import evaluate
+from megads.optim.guard import SpikeGuard
 from megads.parallel.bootstrap import connect, device_of, disconnect
 from megads.parallel.control import Control
 from megads.parallel.mesh import Mesh, build_mesh
@@ -43,12 +35,14 @@ from megads.pipeline.executor import Executor
 from megads.train import history as run_history
 from megads.train import state
 from megads.train.lock import locked
-from megads.train.metrics import expert_metrics, peak_memory, peak_tflops
+from megads.train.metrics import Done, Meter
 from megads.train.pace import Pace
 from megads.train.replica import check_replicas
-from megads.train.report import Reporter, short_names
-from megads.train.start import start_from
+from megads.train.report import Reporter
+from megads.train.standing import Holder, Restorer, Standing
 from megads.train.stop import SAVED, StopRequest
+from megads.train.verdict import Judge, RollBack
+from megads.train.watch import Watch
 
 _log = logging.getLogger("megads.train")
 
@@ -118,11 +112,15 @@ class Trainer:
         channel = control.duplicate() if config.checkpoint.background else control
         self._saver = Saver(save_plan(config.checkpoint, self._checkpoints), control=channel)
         self._report = Reporter(self._config, directory=self._dir, speaks=self._speaks)
-        self._peak = config.profile.peak_tflops or peak_tflops(device, dtype=self._model.dtype)
+        self._meter = Meter(config, self._model, mesh=self._mesh)
+        self._watch = Watch(config, self._source, self._model, mesh=self._mesh)
+        self._judge = Judge(config, self._source.train, speaks=self._speaks)
+        guard = None if config.optim.guard is None else SpikeGuard(config.optim.guard, device)
+        self._held = Holder(self._model, self._engine, Pace(config), guard)
+        self._restorer = Restorer(config, self._source, self._held, mesh=self._mesh, control=control)
         self._last_step = min(config.run.stop_after or config.run.steps, config.run.steps)
         self._ready = 0.0  # when the last step was known to be done, seconds of the clock
         self._stop = StopRequest()
-        self._pace = Pace(config)
 
     def run(self) -> bool:
         """Train from where the run stands to its last step; returns whether a signal stopped it before.
@@ -139,26 +137,45 @@ class Trainer:
 
     def _run(self) -> int:
         """Restore and train; returns the last step that was done and saved."""
-        done, history = self._restore()
-        self._write_run_files(done, history)
-        self._say_what_runs(history)
-        if done >= self._last_step:
-            _log.info("nothing to do: step %d of %d is done", done, self._last_step)
-            return done
+        standing = self._restorer.resume()
+        self._write_run_files(standing)
+        if self._speaks:
+            source.warn_of_order(self._source)
+        self._say_what_runs(standing.history)
+        if standing.step >= self._last_step:
+            _log.info("nothing to do: step %d of %d is done", standing.step, self._last_step)
+            return standing.step
         self._stop.count(sum(self._control.all_gather(self._stop.is_raised)))
         if self._stop.is_agreed:
-            return done
+            return standing.step
+        while True:
+            try:
+                last = self._train(standing)
+            except RollBack as cause:
+                self._saver.finish()
+                standing = self._restorer.roll_back(cause, standing.history)
+                self._write_run_files(standing)
+            else:
+                self._saver.finish()
+                self._report.close()
+                return last
+
+    def _train(self, standing: Standing) -> int:
+        """Train from there on; returns the last step that was done."""
+        history = standing.history
         loader = source.build_loader(self._config, self._source, history=history, mesh=self._mesh)
-        steps = range(done + 1, self._last_step + 1)
+        steps = range(standing.step + 1, self._last_step + 1)
         batches = source.prefetch(loader, steps, depth=self._config.data.prefetch, mesh=self._mesh)
         pending: _Pending | None = None
-        bar = log.Progress("training", total=self._config.run.steps, done=done, is_shown=self._speaks)
+        bar = log.Progress(
+            "training", total=self._config.run.steps, done=standing.step, is_shown=self._speaks
+        )
         with bar, batches:
             for step in steps:
                 started = time.perf_counter()
-                lr = self._pace.rate(step, history)
+                lr = self._held.pace.rate(step, history)
                 batch = batches.take(step)
-                self._check_batch(batch, first_step=done + 1, reads_tokens=loader.reads_tokens)
+                self._check_batch(batch, first_step=steps.start, reads_tokens=loader.reads_tokens)
                 result = train_step(
                     batch.to(self._mesh.device),
                     executor=self._executor(segment_at(history, step).batch_size),
@@ -166,6 +183,8 @@ class Trainer:
                     mesh=self._mesh,
                     lr=lr,
                     stop=self._stop,
+                    guard=self._held.guard,
+                    weights=self._model.spec.weights_at(run_history.tokens_by(history, step - 1)),
                 )
                 returned = time.perf_counter()
                 self._saver.check()
@@ -180,45 +199,7 @@ class Trainer:
                 bar.advance()
                 if self._stop.is_agreed:
                     break
-        self._saver.finish()
-        self._report.close()
         return step
-
-    def _restore(self) -> tuple[int, tuple[Segment, ...]]:
-        """Load the step to go on from, if any; returns it (0: none) and the history from the next step on."""
-        config = self._config
-        size = sum(piece.tensor.numel() * piece.tensor.element_size() for piece in self._engine.state())
-        expected = sum(self._control.all_gather(size))
-        check_writable(self._checkpoints, expected, control=self._control)
-        reading = Reading(config.checkpoint.checked_share, self._mesh.group("dp_cp"), self._mesh.device)
-        resumed = resume(
-            config.checkpoint.load,
-            self._checkpoints,
-            pieces=self._engine.targets(),
-            control=self._control,
-            on_damage=config.checkpoint.on_damage,
-            reading=reading,
-        )
-        _log.info("%s", resumed.sentence)
-        step: int = 0
-        saved: tuple[Segment, ...] = ()
-        if resumed.reader is not None:
-            step = resumed.reader.step
-            saved = run_history.from_objects(resumed.reader.objects)
-            self._engine.load_scalars(resumed.reader.objects["optim"])
-            self._pace.load(resumed.reader.objects.get("schedule", {}))
-        elif started := start_from(
-            config.checkpoint,
-            self._engine,
-            parameters=self._model.parameters,
-            control=self._control,
-            reading=reading,
-        ):
-            _log.info("%s", started)
-        history = source.wanted_history(config, self._source.train, saved=saved, first_step=step + 1)
-        limits = {s.path: s.max_epochs for s in self._source.shares if s.max_epochs is not None}
-        check_epochs(history, self._source.train, last_step=config.run.steps, max_epochs=limits)
-        return step, history
 
     def _executor(self, batch_size: int) -> Executor:
         """That of a step of so many samples; a new one where the batch size changes."""
@@ -236,13 +217,12 @@ class Trainer:
         if every is not None and (batch.step - first_step) % every == 0:
             check_replicas(batch, layout=self._mesh.layout, control=self._control, reads_tokens=reads_tokens)
 
-    def _write_run_files(self, step: int, history: tuple[Segment, ...]) -> None:
+    def _write_run_files(self, standing: Standing) -> None:
         if self._speaks:
             log.setup(0, file=self._dir / "log")
             (self._dir / "config.yaml").write_text(dump(self._config), encoding="utf-8")
-            run_history.write(self._dir / "history.json", history)
-            self._report.resume(step)
-            source.warn_of_order(self._source)
+            run_history.write(self._dir / "history.json", standing.history)
+            self._report.resume(standing.step)
 
     def _say_what_runs(self, history: tuple[Segment, ...]) -> None:
         layout, spec = self._mesh.layout, self._model.spec
@@ -290,89 +270,15 @@ class Trainer:
         ready = time.perf_counter() if self._mesh.device.type == "cuda" else pending.returned
         seconds = ready - max(pending.started, self._ready)
         self._ready = ready
-        self._judge(pending, loss=loss, norm=norm)
-        record = self._record(pending, history, loss=loss, norm=norm, seconds=seconds)
+        self._judge.judge(pending.step, result, loss=loss, norm=norm, history=history)
+        record = self._meter.record(Done(pending.step, pending.lr, seconds, loss, norm, result), history)
         if self._is_due(pending.step, self._config.log.validate_every):
-            losses = self._validate()
-            self._pace.observe(tuple(losses.values()), step=pending.step)
+            losses = self._watch.validate(self._executors.evaluate)
+            self._held.pace.observe(tuple(losses.values()), step=pending.step)
             record |= losses
         self._report.step(record, is_shown=self._is_due(pending.step, self._config.log.every))
         if self._config.log.sample_every and self._is_due(pending.step, self._config.log.sample_every):
-            self._sample(pending.step)
-
-    def _judge(self, pending: _Pending, *, loss: float, norm: float) -> None:
-        """End a run whose numbers are not finite; an fp16 step whose scale was too large was only skipped.
-
-        Raises:
-            NumericsError: with the step.
-        """
-        report = pending.result.report
-        if math.isfinite(loss) and report.finite.item():
-            return
-        scale = report.loss_scale.item()
-        if self._config.optim.precision == "fp16" and math.isfinite(loss) and scale >= 1.0:
-            _log.info(
-                "step %d skipped: a gradient is too large for fp16; loss scale now %g", pending.step, scale
-            )
-            return
-        raise NumericsError(
-            f"step {pending.step}: the loss or a gradient is not finite",
-            found=f"loss {loss}, gradient norm {norm}",
-            allowed="finite numbers",
-            do="weights are those of the step before; lower optim.lr, or go on from the last checkpoint",
-        )
-
-    def _record(
-        self, pending: _Pending, history: tuple[Segment, ...], *, loss: float, norm: float, seconds: float
-    ) -> dict[str, Any]:
-        """The metrics of a step, as they stand in metrics.jsonl."""
-        tokens = run_history.tokens_of(history, pending.step)
-        length = segment_at(history, pending.step).sequence_length
-        flops = self._model.spec.flops_per_token(length) * tokens
-        tflops = flops / seconds / self._mesh.layout.world_size / 1e12  # of one rank
-        record = {
-            "step": pending.step,
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": pending.lr,
-            "tokens": run_history.tokens_by(history, pending.step),
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "model_tflops": tflops,
-            "memory_bytes": peak_memory(self._mesh.device),
-            **expert_metrics(pending.result, self._model.spec),
-        }
-        if self._peak is not None:
-            record["mfu"] = tflops / self._peak
-        if self._config.optim.precision == "fp16":
-            record["loss_scale"] = pending.result.report.loss_scale.item()
-        return record
-
-    def _validate(self) -> dict[str, float]:
-        """Mean loss on the head of every held-out corpus, by name."""
-        found = {}
-        limit = -(-self._config.log.validate_samples // self._config.batch.global_size)
-        names = short_names([corpus.path for corpus in self._source.valid])
-        for name, corpus in zip(names, self._source.valid, strict=True):
-            batches = source.build_valid_loader(
-                self._config, corpus, packing=self._source.packing, mesh=self._mesh
-            )
-            score = evaluate(
-                batches, self._model, executor=self._executors.evaluate, mesh=self._mesh, max_batches=limit
-            )
-            found[f"valid/{name}/loss"] = score.loss
-        return found
-
-    def _sample(self, step: int) -> None:
-        """Continue the prompts of the config, on all ranks, and say it."""
-        generator, tokenizer = Generator(self._model, self._mesh), self._source.tokenizer
-        for prompt in self._config.log.sample_prompts:
-            ids, _ = tokenizer.encode_batch([prompt])
-            sampling = Sampling(temperature=0.8, top_p=0.95, seed=self._config.run.seed)
-            made = generator.extend(
-                ids.tolist(), num_tokens=self._config.log.sample_tokens, sampling=sampling
-            )
-            self._report.sample(prompt, tokenizer.decode([*ids.tolist(), *made]), step=step)
+            self._watch.sample(self._report, step=pending.step)
 
     def _save(self, step: int, history: tuple[Segment, ...]) -> None:
         self._saver.save(
@@ -381,5 +287,8 @@ class Trainer:
             objects=state.objects(
                 self._config, history, engine=self._engine, tokenizer=self._source.tokenizer.fingerprint
             )
-            | {"schedule": self._pace.state()},
+            | {
+                "schedule": self._held.pace.state(),
+                "guard": {} if self._held.guard is None else dict(self._held.guard.state()),
+            },
         )

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megads import __main__ as top
 from megads.checkpoint import background
 from megads.train import trainer
+from megads.train.standing import Restorer
 from megads.train.stop import StopRequest
 from tests.distributed.job import (
     Ended,
@@ -164,14 +165,14 @@ def test_a_signal_during_a_save(
 def test_a_signal_before_the_first_step(
     home: Home, ranks: list[Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_restore = trainer.Trainer._restore
+    real_resume = Restorer.resume
 
-    def restore(self: trainer.Trainer) -> object:
+    def resume(self: Restorer) -> object:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-        return real_restore(self)
+        return real_resume(self)
 
-    monkeypatch.setattr(trainer.Trainer, "_restore", restore)
+    monkeypatch.setattr(Restorer, "resume", resume)
     ranks += start(home, "before", "checkpoint.every=1000")
     assert [rank.code for rank in end(ranks)] == [75, 75]
     assert not (home.path / "before" / "metrics.jsonl").exists()
