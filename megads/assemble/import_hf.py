@@ -46,7 +46,8 @@ def open_hf(path: Path, hints: Hints) -> Origin:
     _check_sizes(origin.spec, weights)
     parameters, dtype = declared(origin.spec), initial_dtype(config.optim.precision)
     named = named_entries(model.family, parameters, present=weights.shapes, is_tied=origin.spec.tied)
-    hf.check_names(named.entries, weights, ignored=named.ignored)
+    hf.check_names(named.entries, weights, ignored=(*named.ignored, *named.copies))
+    hf.check_copies(weights, named.copies)
     parts = {
         e.foreign: Values.of_whole(e.shape, dtype, whole=partial(weights.tensor, e.foreign))
         for e in named.entries
@@ -87,10 +88,16 @@ def read_hf_config(path: Path) -> HuggingFaceModel:
 
 @dataclass(frozen=True, slots=True)
 class NamedEntries:
-    """The tensors of a model under the names that are there, and patterns of those that are no weights."""
+    """The tensors of a model under the names that are there, and patterns of others.
+
+    Attributes:
+        ignored: patterns of those that are no weights.
+        copies: patterns of those that repeat one -> that one's name.
+    """
 
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...]
+    copies: Mapping[str, str]
 
 
 def named_entries(
@@ -106,7 +113,9 @@ def named_entries(
     if is_short:
         entries = tuple(replace(e, foreign=e.foreign.removeprefix(family.prefix)) for e in entries)
         ignored = tuple(pattern.removeprefix(family.prefix) for pattern in ignored)
-    return NamedEntries(entries, ignored)
+    cut = family.prefix if is_short else ""
+    copies = {repeated.removeprefix(cut): name.removeprefix(cut) for repeated, name in family.copies}
+    return NamedEntries(entries, ignored, copies)
 
 
 def joined(entries: Sequence[Entry], parts: Mapping[str, Values], *, dtype: torch.dtype) -> dict[str, Values]:
@@ -149,12 +158,18 @@ def names_of(entries: Sequence[Entry]) -> dict[str, tuple[str, ...]]:
 def _check_sizes(spec: DecoderSpec, weights: hf.Weights) -> None:
     """Refuse sizes that no tensor of the files has, before anything is made in such a size."""
     longest = max((dim for shape in weights.shapes.values() for dim in shape), default=0)
-    limits = {"layers": len(weights.shapes), "hidden": longest, "ffn": longest, "vocab": longest}
+    num_tensors = len(weights.shapes)
+    found = {"layers": spec.layers, "hidden": spec.hidden, "vocab": spec.vocab}
+    limits = {"layers": num_tensors, "hidden": longest, "vocab": longest}
+    if len(spec.expert_layers) < spec.layers:
+        found["ffn"], limits["ffn"] = spec.ffn, longest
+    if spec.moe is not None:
+        found["experts"], limits["experts"] = spec.moe.experts, max(num_tensors, longest)
     for name, limit in limits.items():
-        if getattr(spec, name) > limit:
+        if found[name] > limit:
             raise CheckpointError(
                 f"config.json and the weights differ in what is model.{name} in megads",
-                found=getattr(spec, name),
+                found=found[name],
                 allowed=f"at most {limit}, by the tensors in the files",
             )
 

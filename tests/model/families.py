@@ -61,7 +61,7 @@ class FamilyCase:
         model = transformers.AutoModelForCausalLM.from_config(config).float()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.endswith("norm.weight") or name.endswith(".bias"):
+                if name.endswith(("norm.weight", ".bias")):
                     parameter.add_(0.2 * torch.randn_like(parameter))
                 elif "gate_up_proj" in name or "down_proj" in name or name.endswith("gate.weight"):
                     parameter.copy_(0.3 * torch.randn_like(parameter))

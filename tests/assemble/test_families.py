@@ -1,0 +1,133 @@
+"""Every family comes in and goes out again bit for bit, in either dialect of config.json and of the files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megads.assemble.export_hf import export_hf
+from megads.assemble.import_hf import open_hf
+from megads.assemble.origin import Hints, Origin
+from megads.checkpoint import hf
+from megads.errors import CheckpointError, MegadsError
+from megads.model.catalog import HUGGING_FACE
+from tests.model.families import CASES, FamilyCase
+
+pytest.importorskip("transformers")
+torch.set_num_threads(1)
+MOE = tuple(case for case in CASES if case.name in ("qwen3_moe", "mixtral"))
+
+
+def saved(case: FamilyCase, directory: Path, **how: Any) -> Path:
+    case.make().save_pretrained(directory, **how)
+    return directory
+
+
+def edit(directory: Path, **values: object) -> Path:
+    """Change config.json; None takes a key out."""
+    file = directory / "config.json"
+    tree = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+    return directory
+
+
+def weights(origin: Origin) -> dict[str, torch.Tensor]:
+    return {name: values.whole() for name, values in origin.weights("model").items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_out_again_is_the_same_model(case: FamilyCase, tmp_path: Path) -> None:
+    source = saved(case, tmp_path / "source")
+    report = export_hf(open_hf(source, Hints()), tmp_path / "out")
+    assert report.comparison is not None and report.comparison.is_equal
+    assert report.comparison.largest > 0.5
+    before, after = hf.Weights(source), hf.Weights(tmp_path / "out")
+    assert before.shapes == after.shapes
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.shapes)
+    assert open_hf(tmp_path / "out", Hints()).spec == open_hf(source, Hints()).spec
+
+
+@pytest.mark.parametrize("case", MOE, ids=str)
+def test_experts_one_by_one_or_stacked(case: FamilyCase, tmp_path: Path) -> None:
+    alone = open_hf(saved(case, tmp_path / "alone"), Hints())
+    stacked = open_hf(saved(case, tmp_path / "stacked", save_original_format=False), Hints())
+    names = [foreign for parts in alone.names.values() for foreign in parts]
+    fewer = [foreign for parts in stacked.names.values() for foreign in parts]
+    assert any(".experts.1." in name for name in names) and not any(".experts.1." in name for name in fewer)
+    theirs = weights(stacked)
+    assert all(torch.equal(values, theirs[name]) for name, values in weights(alone).items())
+
+
+def test_both_dialects_of_rotary_positions(tmp_path: Path) -> None:
+    llama3 = saved(CASES[0], tmp_path / "llama3")
+    new = open_hf(llama3, Hints()).spec
+    scaling = json.loads((llama3 / "config.json").read_text())["rope_parameters"]
+    theta = scaling.pop("rope_theta")
+    edit(llama3, rope_parameters=None, rope_theta=theta, rope_scaling=scaling)
+    old = open_hf(llama3, Hints()).spec
+    assert old == new and old.rope is not None and old.rope.scaling is not None
+
+
+def test_both_dialects_of_layers_with_experts(tmp_path: Path) -> None:
+    case = MOE[0]
+    source = saved(case, tmp_path / "source")
+    by_step = open_hf(source, Hints()).spec
+    assert by_step.expert_layers == (1, 3)
+    edit(source, decoder_sparse_step=1, mlp_only_layers=[0, 2], num_experts=8, num_local_experts=None)
+    assert open_hf(source, Hints()).spec == by_step
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("llama3", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        (
+            "llama3",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary",
+        ),
+        ("qwen2-tied", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen2-tied", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("qwen3_moe", {"mlp_only_layers": [1, 3]}, r"model\.dense_layers"),
+        ("qwen3_moe", {"num_local_experts": 10**9}, r"model\.experts"),
+        ("qwen3_moe", {"num_local_experts": 4}, "unexpected"),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window"),
+        ("mixtral", {"num_experts_per_tok": 9}, r"model\.experts_per_token"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_a_family_does_not_compute_is_refused(
+    name: str, values: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    source = saved(next(case for case in CASES if case.name == name), tmp_path / "source")
+    with pytest.raises(MegadsError, match=told):
+        open_hf(edit(source, **values), Hints())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("qwen3_moe", {"router": "sigmoid"}, "model.router sigmoid"),
+        ("qwen3_moe", {"shared_experts": 1}, "model.shared_experts 1"),
+        ("qwen3_moe", {"capacity": 1.5}, "model.capacity 1.5"),
+        ("mixtral", {"renormalise": False}, "model.renormalise False"),
+        ("mixtral", {"dense_layers": (0,)}, r"experts in layers \[1, 2\]"),
+        ("qwen2-tied", {"head_dim": 10}, "model.head_dim 10"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_hugging_face_has_no_name_for_is_refused(
+    name: str, change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+
+    source = saved(next(case for case in CASES if case.name == name), tmp_path / "source")
+    model = replace(open_hf(source, Hints()).model, **change)
+    with pytest.raises(CheckpointError, match=told):
+        HUGGING_FACE[model.family].to_config(model)
