@@ -106,13 +106,18 @@ def _logical(origin: Origin, kinds: Mapping[str, Named]) -> _Logical:
     if any("query_key_value" in name or "linear_qkv" in name for name in present):
         names = read_names(list(parameters), list(present))
         found = {
-            kind: from_ranks(parameters, named, names=names, model=origin.model) for kind, named in kinds.items()
+            kind: from_ranks(parameters, named, names=names, model=origin.model)
+            for kind, named in kinds.items()
         }
         return _Logical(found, {name: (foreign,) for name, foreign in names.items()})
     family = HUGGING_FACE[origin.config.model.family]
     named = named_entries(family, parameters, present=present, is_tied=origin.spec.tied)
     wanted = {entry.foreign: entry.shape for entry in named.entries}
-    extra = [name for name in present if name not in wanted and pattern(name) not in named.ignored]
+    extra = [
+        name
+        for name in present
+        if name not in wanted and pattern(name) not in (*named.ignored, *named.copies)
+    ]
     missing = [name for name in wanted if name not in present]
     if extra or missing:
         raise CheckpointError(

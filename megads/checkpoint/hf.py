@@ -219,6 +219,25 @@ def check_names(entries: Sequence[Entry], weights: Weights, *, ignored: Sequence
         )
 
 
+def check_copies(weights: Weights, copies: Mapping[str, str]) -> None:
+    """Refuse copies of a tensor that are not what they repeat.
+
+    Args:
+        copies: pattern of names -> the name of what they repeat.
+
+    Raises:
+        CheckpointError: naming the first one that differs.
+    """
+    for name in weights.shapes:
+        original = copies.get(pattern(name))
+        if original in weights.shapes and not torch.equal(weights.tensor(name), weights.tensor(original)):
+            raise CheckpointError(
+                f"{name}: not what {original} is",
+                found="two tensors",
+                allowed="copies: megads has one weight for both",
+            )
+
+
 def check_installed() -> None:
     """Refuse to begin without the library that reads safetensors.
 

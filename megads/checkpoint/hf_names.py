@@ -62,6 +62,7 @@ class Family:
         prefix: part of the names that older files leave out.
         to_config: the config section `model`, nothing left open -> what config.json says about it.
         from_config: config.json -> the config section `model`, without `family`.
+        copies: (pattern of Hugging Face tensors that repeat another one, that one's name).
     """
 
     model_type: str
@@ -70,6 +71,7 @@ class Family:
     prefix: str
     to_config: Callable[[Any], dict[str, Any]]
     from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,11 +27,15 @@ class MTPSpec:
 
     Attributes:
         depth: layers of it, each of which looks a token further.
-        weight: of the mean of their losses.
+        weights: of the mean of their losses: (tokens read before a step, weight from there on), the first of 0 tokens.
     """
 
     depth: int
-    weight: float
+    weights: tuple[tuple[int, float], ...]
+
+    def term_weight(self, tokens: int) -> float:
+        """Weight of one depth's loss in a step before which `tokens` were read."""
+        return [weight for start, weight in self.weights if start <= tokens][-1] / self.depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,7 @@ class DecoderSpec:
         if not self.objective.is_plain:
             found.append(Term("trained_loss", 1.0, "label", num_sources=1, is_cut=False))
         if self.mtp is not None:
-            weight, depth = self.mtp.weight / self.mtp.depth, self.mtp.depth
+            weight, depth = self.mtp.term_weight(0), self.mtp.depth
             found.append(Term("mtp_loss", weight, "label", num_sources=depth, is_cut=False))
         if self.moe is not None:
             weights = {"balance_loss": self.moe.balance_weight * self.moe.has_balance_loss}
@@ -120,6 +124,10 @@ class DecoderSpec:
                 if weight
             ]
         return tuple(found)
+
+    def weights_at(self, tokens: int) -> dict[str, float]:
+        """Term -> its weight in a step before which `tokens` were read, of those that have a schedule."""
+        return {} if self.mtp is None else {"mtp_loss": self.mtp.term_weight(tokens)}
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Flops of forward and backward for one token: 6 x weights in products + 6 L h s (causal attention).
