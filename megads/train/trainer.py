@@ -255,7 +255,7 @@ class Trainer:
 
     def _is_due(self, step: int, every: int | None) -> bool:
         """Whether something that happens each `every` steps, and at the end, happens after `step`."""
-        return step == self._last_step or (every is not None and step % every == 0)
+        return step == self._last_step or _is_multiple(step, every)
 
     def _must_pause(self, step: int) -> bool:
         log_config = self._config.log
@@ -274,7 +274,8 @@ class Trainer:
         record = self._meter.record(Done(pending.step, pending.lr, seconds, loss, norm, result), history)
         if self._is_due(pending.step, self._config.log.validate_every):
             losses = self._watch.validate(self._executors.evaluate)
-            self._held.pace.observe(tuple(losses.values()), step=pending.step)
+            if _is_multiple(pending.step, self._config.log.validate_every):  # not because this start ends here
+                self._held.pace.observe(tuple(losses.values()), step=pending.step)
             record |= losses
         self._report.step(record, is_shown=self._is_due(pending.step, self._config.log.every))
         if self._config.log.sample_every and self._is_due(pending.step, self._config.log.sample_every):
@@ -292,3 +293,7 @@ class Trainer:
                 "guard": {} if self._held.guard is None else dict(self._held.guard.state()),
             },
         )
+
+
+def _is_multiple(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
