@@ -14,7 +14,7 @@ from megads.assemble.deepspeed_keys import OWNED, owned_keys
 from megads.assemble.finding import Finding, Rule
 from megads.config.root import Config
 
-STAGES: Mapping[str, tuple[int, ...]] = MappingProxyType({"native": (0, 1), "deepspeed": (0, 1, 2, 3)})
+STAGES: Mapping[str, tuple[int, ...]] = MappingProxyType({"native": (0, 1, 2), "deepspeed": (0, 1, 2, 3)})
 """ZeRO stages of each engine."""
 
 WHOLE_BACKWARDS = ("gpipe", "one_f_one_b")

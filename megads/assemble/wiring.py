@@ -44,7 +44,7 @@ def layout_of(config: Config, world_size: int) -> Layout:
         LayoutError: the degrees do not divide the ranks.
     """
     parallel = config.parallel
-    return Layout.fit(
+    layout = Layout.fit(
         world_size,
         tensor=parallel.tensor,
         context=parallel.context,
@@ -54,6 +54,7 @@ def layout_of(config: Config, world_size: int) -> Layout:
         virtual_stages=parallel.virtual_stages,
         placement=placement(parallel),
     )
+    return replace(layout, shard=config.optim.shard_size)
 
 
 @dataclass(frozen=True, slots=True)

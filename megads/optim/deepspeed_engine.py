@@ -66,7 +66,7 @@ class DeepSpeedEngine:
         self._mesh = mesh
         self._tallies = tallies or TallyTable((), mesh, rows=0, columns=0)
         self._config = config
-        self._scale = LossScale(mesh.device, is_dynamic=config.precision == "fp16")
+        self._scale = LossScale(mesh.device, config)
         self._twins: Twins = _twins_of(config.zero_stage)(stages, mesh, config=config)
         self._held = self._twins.held()
         self._start_moments()
@@ -96,6 +96,10 @@ class DeepSpeedEngine:
         """Start a step."""
         self._twins.start()
         self._tallies.start()
+
+    @property
+    def reduce_every(self) -> None:
+        """None: DeepSpeed is told in `step`, or as blocks finish."""
 
     def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
         """Nothing: DeepSpeed is told in `step`, or as blocks finish."""

@@ -90,6 +90,7 @@ class AveragingEngine:
         self._engine = engine
         self._ema = Ema(engine.shares(), decays)
         self.zero_gradients = engine.zero_gradients
+        self.reduce_every = engine.reduce_every
         self.arm = engine.arm
         self.complete = engine.complete
         self.reduce = engine.reduce

@@ -48,6 +48,10 @@ class Engine(Protocol):
     def zero_gradients(self) -> None:
         """Start a step."""
 
+    @property
+    def reduce_every(self) -> int | None:
+        """Micro-batches of a stage after which its gradients are to be reduced; None: at the end of the step alone."""
+
     def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
         """What comes next completes the gradients of a stage, and reductions may start inside it.
 

@@ -7,8 +7,8 @@
     fp16        float16                float32, loss scaled
 
 The loss scale lives on the device and changes there: a step whose gradients are not finite is skipped by every rank and
-stage alike (the norm that decides is global), halves the scale, and 2000 good steps in a row double it
-(Micikevicius et al. 2018; the rule of `torch.amp.GradScaler`).
+stage alike (the norm that decides is global), halves the scale, and good steps in a row double it
+(Micikevicius et al. 2018; the rule of `torch.amp.GradScaler`; factors and numbers in `config/loss_scale.py`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megads.config.optim import OptimConfig
+
 COMPUTE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 )
-
-INITIAL_SCALE = 65536.0
-GROWTH = 2.0
-BACKOFF = 0.5
-GROWTH_INTERVAL = 2000
 
 
 def initial_dtype(precision: str) -> torch.dtype:
@@ -42,9 +39,10 @@ class LossScale:
         value: float32 scalar on the device.
     """
 
-    def __init__(self, device: torch.device, *, is_dynamic: bool) -> None:
-        self._is_dynamic = is_dynamic
-        self.value: Tensor = torch.tensor(INITIAL_SCALE if is_dynamic else 1.0, device=device)
+    def __init__(self, device: torch.device, config: OptimConfig) -> None:
+        self._is_dynamic = config.precision == "fp16"
+        self._config = config.loss_scale
+        self.value: Tensor = torch.tensor(self._config.initial if self._is_dynamic else 1.0, device=device)
         self._good: Tensor = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, finite: Tensor) -> None:
@@ -52,10 +50,10 @@ class LossScale:
         if not self._is_dynamic:
             return
         good = torch.where(finite, self._good + 1, 0)
-        grows = good >= GROWTH_INTERVAL
-        scaled = torch.where(grows, self.value * GROWTH, self.value)
+        grows = good >= self._config.interval
+        scaled = torch.where(grows, self.value * self._config.growth, self.value)
         grown = torch.where(scaled.isfinite(), scaled, self.value)
-        self.value = torch.where(finite, grown, self.value * BACKOFF)
+        self.value = torch.where(finite, grown, self.value * self._config.backoff)
         self._good = torch.where(grows, 0, good).to(torch.int32)
 
     def state(self) -> Mapping[str, Any]:

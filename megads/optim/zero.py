@@ -21,13 +21,14 @@ from torch import Tensor
 from megads.config.optim import OptimConfig
 from megads.optim.clip import clip_factor, global_norm
 from megads.optim.engine import Guard, StepReport
-from megads.optim.group import check_groups, group_of
+from megads.optim.group import Kind, ParameterGroup, check_groups, group_of
+from megads.optim.muon import MuonUpdate
 from megads.optim.precision import COMPUTE_DTYPES, LossScale
 from megads.optim.share import Share
 from megads.optim.update import FusedUpdate, Update
 from megads.parallel.collectives import Pending, start_all_gather
 from megads.parallel.gradient import WHOLE, Bucket, Reduction, make_buckets
-from megads.parallel.mesh import Mesh
+from megads.parallel.mesh import Group, Mesh
 from megads.parallel.parameter import Piece, parameter_table
 from megads.parallel.reducer import Reducer
 from megads.parallel.tally import TallyTable
@@ -59,10 +60,12 @@ class NativeEngine:
         self._all = tuple(bucket for found in buckets.values() for bucket in found)
         self._reducers = {stage: Reducer(found) for stage, found in buckets.items()}
         self._shares = tuple(_share_of(bucket) for bucket in self._all)
-        self._updates = make_updates(self._shares, [bucket.sum for bucket in self._all], config=config)
+        self._updates = make_updates(
+            self._shares, [bucket.sum for bucket in self._all], stage=mesh.group("stage"), config=config
+        )
         for update in self._updates:
             update.start()
-        self._scale = LossScale(mesh.device, is_dynamic=config.precision == "fp16")
+        self._scale = LossScale(mesh.device, config)
         self._gathering: dict[int, Pending] = {}
         for module in {m for blocks in stages.values() for m in blocks.modules()}:
             self._wait_before(module)
@@ -77,6 +80,11 @@ class NativeEngine:
         for reducer in self._reducers.values():
             reducer.zero()
         self._tallies.start()
+
+    @property
+    def reduce_every(self) -> int | None:
+        """See `Engine`: ZeRO 2 reduces inside the step."""
+        return self._config.reduce_every if self._reduction.is_brief else None
 
     def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
         """What comes next completes the gradients of a stage: buckets are reduced as they become complete."""
@@ -199,10 +207,22 @@ def _share_of(bucket: Bucket) -> Share:
 
 
 def make_updates(
-    shares: Sequence[Share], gradients: Sequence[Tensor], *, config: OptimConfig
+    shares: Sequence[Share], gradients: Sequence[Tensor], *, stage: Group, config: OptimConfig
 ) -> tuple[Update, ...]:
-    """The updates that the config asks for."""
-    return (FusedUpdate(shares, gradients, name=config.name, config=config),)
+    """An update for each kind that the groups of the shares ask for; all ranks of the `stage` call it together."""
+    by_kind: dict[Kind, list[tuple[Share, Tensor]]] = {}
+    for share, gradient in zip(shares, gradients, strict=True):
+        group = share.bucket.traits.group
+        assert isinstance(group, ParameterGroup)  # `stage_buckets` made it
+        by_kind.setdefault(group.kind, []).append((share, gradient))
+    made: list[Update] = []
+    for kind, found in by_kind.items():
+        theirs, sums = [share for share, _ in found], [gradient for _, gradient in found]
+        if kind == "muon":
+            made.append(MuonUpdate(theirs, sums, group=stage, config=config))
+        else:
+            made.append(FusedUpdate(theirs, sums, name=kind, config=config))
+    return tuple(made)
 
 
 def stage_buckets(

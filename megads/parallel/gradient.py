@@ -119,8 +119,8 @@ class Bucket:
         self.values = self.initial.to(dtype, copy=True)
         for place in self.places:
             place.parameter.data = self._part(self.values, place)
-            place.parameter.grad_dtype = first.dtype
-        self._gradient_dtype = first.dtype
+            place.parameter.grad_dtype = self.initial.dtype
+        self._gradient_dtype = self.initial.dtype
         self._whole: Tensor | None = None
         if reduction.is_brief:
             self.sum = torch.zeros_like(self.shard(self.initial))

@@ -14,7 +14,8 @@ left ("edp"). With expert_tensor = tensor the expert axis splits context x data.
 Axes (`AXES`), each a partition of all ranks:
     tp cp dp pp   the four of the grid           dp_cp   ranks that hold the same dense parameters
     ep etp edp    the experts' grid              ends    those of the first and the last stage (tied parameters)
-    model         all ranks of one replica (norms are summed over it)        world   everybody
+    model         all ranks of one replica (norms are summed over it)        stage   those with the same stages
+    world         everybody
     dp_cp_shard   those of dp_cp that share one copy of the optimizer state  dp_cp_replica   those with the same share
     edp_shard     the same of edp                                            edp_replica
 
@@ -31,7 +32,7 @@ from math import lcm
 from megads.errors import LayoutError
 
 AXES = (
-    *("tp", "cp", "dp", "pp", "dp_cp", "ep", "etp", "edp", "ends", "model", "world"),
+    *("tp", "cp", "dp", "pp", "dp_cp", "ep", "etp", "edp", "ends", "model", "stage", "world"),
     *("dp_cp_shard", "dp_cp_replica", "edp_shard", "edp_replica"),
 )
 
@@ -230,6 +231,7 @@ class Layout:
             "etp": (c.expert, c.expert_data, c.pipeline),
             "edp": (c.expert_tensor, c.expert, c.pipeline),
             "model": (c.context, c.data),
+            "stage": (c.pipeline,),
             "world": (),
         }
         return common[axis]

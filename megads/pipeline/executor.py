@@ -68,8 +68,12 @@ def forwards(schedule: Schedule) -> Schedule:
 class GradientOwner(Protocol):
     """The part of an optimizer engine that the loop talks to."""
 
+    @property
+    def reduce_every(self) -> int | None:
+        """Micro-batches of a stage after which its gradients are to be reduced; None: at the end of the step alone."""
+
     def arm(self, stage: int, *, waiting: Sequence[Tensor] | None = None) -> None:
-        """What comes next completes the gradients of `stage`.
+        """What comes next completes the gradients of `stage`, of the step or of some of its micro-batches.
 
         Args:
             waiting: parameters that are told to `complete` one by one, while all others are complete (a W); None: a
@@ -80,7 +84,7 @@ class GradientOwner(Protocol):
         """One of the parameters that were waiting has its gradient."""
 
     def reduce(self, stage: int) -> None:
-        """The gradients of `stage` are complete on this rank."""
+        """The gradients of `stage` that `arm` spoke of are complete on this rank."""
 
 
 class Executor:
@@ -121,8 +125,11 @@ class Executor:
             if is_overlapped and transport.device.type == "cuda"
             else {}
         )
-        backwards = [a for cell in self._row for a in cell.actions if a.kind in (Kind.B, Kind.I, Kind.W)]
-        self._last_backwards = frozenset({a.stage: a for a in backwards}.values())
+        self._completing: dict[int, list[Action]] = {}  # by stage: after each, a micro-batch's gradients are there
+        for cell in self._row:
+            for action in cell.actions:
+                if action.kind in (Kind.B, Kind.W):
+                    self._completing.setdefault(action.stage, []).append(action)
 
     def run(
         self,
@@ -140,7 +147,8 @@ class Executor:
         Returns:
             the extras of this rank's stages.
         """
-        work = _Run(self, batch, seeds or {}, engine)
+        every = None if engine is None else engine.reduce_every
+        work = _Run(self, batch, seeds or {}, engine=engine, reductions=self._reductions(every))
         self.peak_live = 0
         for cell in self._row:
             for _ in zip_longest(*(work.steps(action) for action in cell.actions)):
@@ -151,6 +159,16 @@ class Executor:
         return work.totals
 
 
+    def _reductions(self, every: int | None) -> dict[Action, bool]:
+        """After which actions the gradients of their stage are reduced, and whether that is the last time in a step."""
+        return {
+            action: number == len(actions)
+            for actions in self._completing.values()
+            for number, action in enumerate(actions, 1)
+            if number == len(actions) or (every is not None and number % every == 0)
+        }
+
+
 _OVER = object()
 
 
@@ -158,12 +176,18 @@ class _Run:
     """What one pass over a row holds: values made or arriving, totals."""
 
     def __init__(
-        self, executor: Executor, batch: Batch, seeds: Mapping[str, Tensor], engine: GradientOwner | None
+        self,
+        executor: Executor,
+        batch: Batch,
+        seeds: Mapping[str, Tensor],
+        *,
+        engine: GradientOwner | None,
+        reductions: Mapping[Action, bool],
     ) -> None:
         self._schedule = executor._schedule
         self._stages = executor._stages
         self._transport = executor._transport
-        self._last_backwards = executor._last_backwards
+        self._reductions = reductions
         self._streams = executor._streams
         self._batch = batch
         self._seeds = seeds
@@ -240,22 +264,29 @@ class _Run:
             gradients = self._take(
                 Action(Kind.RECV_B, stage, micro_batch), Action(Kind.B, stage + 1, micro_batch)
             )
-        if self._engine is not None and action in self._last_backwards:
+        if self._engine is not None and action in self._reductions:
             self._engine.arm(stage)
         made = yield from self._stages[stage].backward_steps(
             gradients, self._seeds, micro_batch=micro_batch, defers=action.kind is Kind.I
         )
+        self._end_backward(action)
         if stage > 0:
             self._made[action.result] = made
 
     def _backward_weight(self, action: Action) -> Steps[None]:
         stage, micro_batch = self._stages[action.stage], action.micro_batch
         done = None
-        if self._engine is not None and action in self._last_backwards:
+        if self._engine is not None and action in self._reductions:
             self._engine.arm(action.stage, waiting=stage.waiting(micro_batch=micro_batch))
             done = partial(self._engine.complete, action.stage)
         stage.backward_weight(micro_batch=micro_batch, done=done)
+        self._end_backward(action)
         yield
+
+    def _end_backward(self, action: Action) -> None:
+        """Have gradients reduced that are complete, unless they are the step's: for them there is REDUCE."""
+        if self._engine is not None and not self._reductions.get(action, True):
+            self._engine.reduce(action.stage)
 
     def add_up(self) -> None:
         """Add the extras of the cell that has ended to the totals."""

@@ -10,6 +10,7 @@ import torch
 
 from megads.assemble.step import train_step
 from megads.assemble.wiring import build_engine, build_executors, build_model, layout_of
+from megads.config.optim import OptimConfig
 from megads.optim.precision import LossScale
 from megads.parallel.mesh import build_mesh
 from tests.parity.harness import (
@@ -26,6 +27,7 @@ from tests.parity.harness import run_case as run
 from tests.ranks import run_ranks
 
 LLAMA = Model("llama", layers=2)
+FP16 = OptimConfig(lr=1.0, precision="fp16")
 CASES = (
     Case(tensor=2, micro=4, sequence=True),
     Case(tensor=2, pipeline=2, micro=4),
@@ -115,7 +117,7 @@ def _grad_scaler_trace(is_bad: list[bool]) -> list[float]:
 
 
 def test_scale_grows_after_the_interval_and_survives_saving() -> None:
-    scale = LossScale(torch.device("cpu"), is_dynamic=True)
+    scale = LossScale(torch.device("cpu"), FP16)
     reference = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=2000)
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.0)
@@ -129,13 +131,13 @@ def test_scale_grows_after_the_interval_and_survives_saving() -> None:
         reference.update()
         scale.update(torch.tensor(not bad))
         if step == 2500:
-            other = LossScale(torch.device("cpu"), is_dynamic=True)
+            other = LossScale(torch.device("cpu"), FP16)
             other.load(scale.state())
             scale = other
         assert scale.value.item() == reference.get_scale(), step
 
 
 def test_other_precisions_have_no_scale() -> None:
-    scale = LossScale(torch.device("cpu"), is_dynamic=False)
+    scale = LossScale(torch.device("cpu"), OptimConfig(lr=1.0, precision="bf16"))
     scale.update(torch.tensor(False))
     assert scale.value.item() == 1.0
