@@ -11,7 +11,7 @@ Files: checkpoint/deepspeed_files.py, checkpoint/universal.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megads.assemble.compare import declared
 from megads.assemble.import_hf import joined, named_entries, names_of, read_hf_config, tokenizer_in
 from megads.assemble.import_megatron import adam_object, from_ranks
 from megads.assemble.origin import Hints, Origin, foreign_config, made_by, vocab_of
-from megads.checkpoint.deepspeed_files import MODEL, DeepSpeedFiles, Named, open_deepspeed
+from megads.checkpoint.deepspeed_files import MODEL, MOMENTS, DeepSpeedFiles, Named, open_deepspeed
 from megads.checkpoint.foreign import Found, Values
 from megads.checkpoint.hf_names import grouped, pattern
 from megads.checkpoint.store import Store
@@ -32,6 +32,7 @@ from megads.errors import CheckpointError
 from megads.model.catalog import HUGGING_FACE
 from megads.model.megatron import read_names, section_of
 
+NO_MOMENTS = "no moments of Adam for every parameter: none are converted"
 MODULE = "module."
 """What wrappers put before every name."""
 
@@ -51,12 +52,22 @@ def open_deepspeed_checkpoint(found: Found, hints: Hints, *, store: Store) -> Or
     tokenizer = hints.tokenizer or (None if file is None else tokenizer_in(file.parent))
     config = foreign_config(section, origin=str(file or f"args of {found.path}"), tokenizer=tokenizer)
     origin = Origin(found.format, found.path, config, {}, {}, {"made_by": made_by()}, tokenizer, files.notes)
-    logical = _logical(origin, kinds)
+    naming = _naming(origin, kinds[MODEL])
+    needed = {name for foreign in naming.names.values() for name in foreign}
+    whole = {kind: named for kind, named in kinds.items() if needed <= named.keys()}
     tensors = {
-        f"{kind}/{name}": values for kind, named in logical.kinds.items() for name, values in named.items()
+        f"{kind}/{name}": values
+        for kind, named in whole.items()
+        for name, values in naming.read(named).items()
     }
-    objects = {**origin.objects, **adam_object(files.adam_steps)}
-    return replace(origin, tensors=tensors, names=logical.names, objects=objects)
+    has_moments = {f"optim/{moment}" for moment in MOMENTS} <= whole.keys()
+    return replace(
+        origin,
+        tensors=tensors if has_moments else {n: v for n, v in tensors.items() if n.startswith("model/")},
+        names=naming.names,
+        objects={**origin.objects, **adam_object(files.adam_steps if has_moments else None)},
+        notes=origin.notes if has_moments or files.notes else (*origin.notes, NO_MOMENTS),
+    )
 
 
 def _unwrapped(named: Named) -> Named:
@@ -89,35 +100,33 @@ def _section(files: DeepSpeedFiles, file: Path | None, hints: Hints) -> Mapping[
 
 
 @dataclass(frozen=True, slots=True)
-class _Logical:
-    """Kind -> logical name -> values; and logical name of a weight -> its names in the source."""
+class _Naming:
+    """What the parameters are called, and how tensors of these names become logical ones.
 
-    kinds: Mapping[str, Mapping[str, Values]]
+    Attributes:
+        names: logical name -> names in the source.
+        read: parameters of one kind -> logical name -> values.
+    """
+
     names: Mapping[str, tuple[str, ...]]
+    read: Callable[[Named], Mapping[str, Values]]
 
 
-def _logical(origin: Origin, kinds: Mapping[str, Named]) -> _Logical:
-    """What the parameters are in megads, by whichever kind of names they have."""
-    parameters, present = declared(origin.spec), kinds[MODEL]
+def _naming(origin: Origin, present: Named) -> _Naming:
+    """The kind of names that is there."""
+    parameters = declared(origin.spec)
     if set(present) == set(parameters):
-        return _Logical(
-            {kind: _unsharded(named) for kind, named in kinds.items()}, {name: (name,) for name in parameters}
-        )
+        return _Naming({name: (name,) for name in parameters}, _unsharded)
     if any("query_key_value" in name or "linear_qkv" in name for name in present):
         names = read_names(list(parameters), list(present))
-        found = {
-            kind: from_ranks(parameters, named, names=names, model=origin.model)
-            for kind, named in kinds.items()
-        }
-        return _Logical(found, {name: (foreign,) for name, foreign in names.items()})
+        return _Naming(
+            {name: (foreign,) for name, foreign in names.items()},
+            lambda named: from_ranks(parameters, named, names=names, model=origin.model),
+        )
     family = HUGGING_FACE[origin.config.model.family]
-    named = named_entries(family, parameters, present=present, is_tied=origin.spec.tied)
-    wanted = {entry.foreign: entry.shape for entry in named.entries}
-    extra = [
-        name
-        for name in present
-        if name not in wanted and pattern(name) not in (*named.ignored, *named.copies)
-    ]
+    found = named_entries(family, parameters, present=present, is_tied=origin.spec.tied)
+    wanted = {entry.foreign: entry.shape for entry in found.entries}
+    extra = [name for name in present if name not in wanted and pattern(name) not in found.ignored]
     missing = [name for name in wanted if name not in present]
     if extra or missing:
         raise CheckpointError(
@@ -129,10 +138,9 @@ def _logical(origin: Origin, kinds: Mapping[str, Named]) -> _Logical:
             ),
             allowed="the names of transformers, of Megatron-DeepSpeed, or of megads",
         )
-    flat = {kind: _shaped(_unsharded(parts), wanted) for kind, parts in kinds.items()}
-    return _Logical(
-        {kind: joined(named.entries, parts, dtype=torch.float32) for kind, parts in flat.items()},
-        names_of(named.entries),
+    return _Naming(
+        names_of(found.entries),
+        lambda named: joined(found.entries, _shaped(_unsharded(named), wanted), dtype=torch.float32),
     )
 
 

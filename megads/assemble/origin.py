@@ -129,9 +129,8 @@ def open_megads(path: Path, hints: Hints, *, store: Store) -> Origin:
     tensors = tensors_of(reader)
     names = {n.removeprefix("model/"): (n,) for n in tensors if n.startswith("model/")}
     objects = {**reader.objects, "step": reader.step}
-    return Origin(
-        "megads", path, config, tensors, names, objects, hints.tokenizer or Path(config.data.tokenizer)
-    )
+    known = None if config.data.tokenizer == NO_TOKENIZER else Path(config.data.tokenizer)
+    return Origin("megads", path, config, tensors, names, objects, hints.tokenizer or known)
 
 
 def tensors_of(reader: StepReader) -> dict[str, Values]:

@@ -26,6 +26,8 @@ from megads.errors import CheckpointError
 
 FILES: tuple[tuple[str, str], ...] = ((MODEL, "fp32"), *((f"optim/{name}", name) for name in MOMENTS))
 TAG = "universal"
+MAX_GROUPS = 64
+"""Groups of parameters that the run which loads it may have; DeepSpeed goes through as many as both sides name."""
 READS_LIKE = "0.19.8"
 """The version of DeepSpeed whose reader these files are written for."""
 
@@ -56,17 +58,16 @@ def open_universal(directory: Path, *, store: Store) -> DeepSpeedFiles:
         raise CheckpointError(
             f"{zero}: parameters without fp32.pt", found=f"{len(kinds[MODEL])} of {len(names)} have one"
         )
-    partial = [kind for kind, named in kinds.items() if len(named) != len(names)]
     states = _states(directory, store)
-    if not partial and steps is None:
+    if steps is None:
         steps = _steps_of(zero / "optimizer_state.pt", store)
     args = states.get("args")
     return DeepSpeedFiles(
-        kinds={kind: named for kind, named in kinds.items() if not partial or kind == MODEL},
-        adam_steps=None if partial else steps,
+        kinds={kind: named for kind, named in kinds.items() if named},
+        adam_steps=steps,
         steps=int(states.get("global_steps") or states.get("iteration") or 0),
         args=dict(vars(args)) if isinstance(args, Remnant) else {},
-        notes=("some parameters have no moments: none are converted",) if partial else (),
+        notes=(),
     )
 
 
@@ -119,7 +120,11 @@ def write_universal(
             write_torch_file(store, place / "step.pt", tree=_scalar(adam_steps))
         store.sync_directory(place)
     write_torch_file(store, tag / "zero" / "optimizer_state.pt", tree=_shared_state(adam_steps))
-    write_torch_file(store, tag / "mp_rank_00_model_states.pt", tree=_counters(kinds[MODEL], steps))
+    for name in (
+        "mp_rank_00_model_states.pt",
+        "zero_pp_rank_0_mp_rank_00_model_states.pt",
+    ):  # the second: stage 3
+        write_torch_file(store, tag / name, tree=_counters(kinds[MODEL], steps))
     for directory in (tag / "zero", tag):
         store.sync_directory(directory)
     write_file(store, root / "latest_universal", blocks=[TAG.encode()])
@@ -132,9 +137,9 @@ def _scalar(value: float) -> Values:
 
 
 def _shared_state(adam_steps: int) -> dict[str, Any]:
-    """zero/optimizer_state.pt; groups of parameters are left to the run that loads it."""
+    """zero/optimizer_state.pt; the groups say nothing, so that the run which loads it keeps its own."""
     return {
-        "param_groups": [],
+        "param_groups": [{} for _ in range(MAX_GROUPS)],
         "ds_version": READS_LIKE,
         "optimizer_state_dict": {"state": {0: {"step": _scalar(adam_steps)}}, "param_groups": [{}]},
     }

@@ -83,12 +83,24 @@ def random_weights(config: Config, seed: int = 0) -> dict[str, torch.Tensor]:
     return values
 
 
-def save_step(directory: Path, sample: Sample, tokenizer: Path) -> dict[str, torch.Tensor]:
-    """Save the model, with a moment as a trainer would, as step 7 of the run `directory`; returns its weights."""
+def save_step(
+    directory: Path, sample: Sample, tokenizer: Path, *, has_moments: bool = False, average: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Save the model, with a moment as a trainer would, as step 7 of the run `directory`; returns its weights.
+
+    Args:
+        has_moments: whether every parameter has its moments.
+        average: a second kind of weights, e.g. `ema_0.999`; the halves of the first.
+    """
     config = config_of(sample, tokenizer)
     weights = random_weights(config)
     state = {f"model/{name}": values for name, values in weights.items()}
     state["optim/exp_avg/head.norm.weight"] = torch.zeros(48)
+    if has_moments:
+        state |= {f"optim/exp_avg/{name}": values * 2 for name, values in weights.items()}
+        state |= {f"optim/exp_avg_sq/{name}": values.abs() for name, values in weights.items()}
+    if average:
+        state |= {f"{average}/{name}": values / 2 for name, values in weights.items()}
     shares = (CorpusShare("unused", "00" * 32, 1.0),)
     segment = Segment(first_step=1, batch_size=4, sequence_length=32, page=32, corpora=shares)
     objects = {
@@ -96,6 +108,7 @@ def save_step(directory: Path, sample: Sample, tokenizer: Path) -> dict[str, tor
         "history": [segment.to_dict()],
         "tokenizer": open_tokenizer(tokenizer).fingerprint,
         "made_by": {"megads": "0", "torch": "0"},
+        "optim": {"name": "adamw", "step": 7},
     }
     pieces = [Piece(name, tuple(t.shape), Box.whole(tuple(t.shape)), t) for name, t in state.items()]
     save(directory / "checkpoints", 7, pieces=pieces, objects=objects, control=Control(0, 1))
