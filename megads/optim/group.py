@@ -2,8 +2,8 @@
 
     declaration (role, decay, width)  --defaults-->  ParameterGroup  <--keys that are set--  optim.groups that match
 
-A parameter takes each key from the group of `optim.groups` whose pattern matches its logical name and that sets it, else
-from `optim` itself; nothing depends on the order of the groups. Two groups that set the same key of one parameter,
+A parameter takes each key from the group of `optim.groups` whose pattern matches its logical name and that sets it,
+else from `optim` itself; nothing depends on the order of the groups. Two groups that set the same key of one parameter,
 and a pattern that matches nothing, are errors. Tied copies have the name of the original and so its group, always.
 """
 
@@ -16,7 +16,8 @@ from typing import Literal
 
 import torch
 
-from megads.config.optim import GroupConfig, OptimConfig
+from megads.config.optim import OptimConfig
+from megads.config.update import GroupConfig
 from megads.errors import ConfigError
 from megads.parallel.collectives import all_reduce_
 from megads.parallel.mesh import Mesh
