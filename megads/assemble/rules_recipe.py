@@ -158,6 +158,17 @@ def plateau_has_validation(config: Config, world_size: int) -> Finding | None:
     )
 
 
+def rollback_has_checkpoints(config: Config, world_size: int) -> Finding | None:
+    guard = config.optim.guard
+    if guard is None or guard.policy != "rollback" or config.checkpoint.every is not None:
+        return None
+    return Finding(
+        "checkpoint.every",
+        "null with optim.guard.policy rollback, which goes back to the last checkpoint",
+        "steps between two checkpoints",
+    )
+
+
 def averages_differ(config: Config, world_size: int) -> Finding | None:
     decays = config.optim.ema
     if len(set(decays)) == len(decays):
@@ -191,6 +202,7 @@ RULES: tuple[Rule, ...] = (
     tail_fits_decay,
     pieces_follow_one_another,
     plateau_has_validation,
+    rollback_has_checkpoints,
     averages_differ,
     smoothing_kind_has_smoothing,
 )

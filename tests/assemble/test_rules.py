@@ -21,7 +21,19 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 SCHEDULE_FILES = Path(__file__).parent / "schedules"
 
-RANKS = {"quickstart": 4, "sft-gsm8k": 1, "quickstart-moe": 4, "gpt2-124m": 8, "llama-1b": 8, "llama-8b": 64}
+RANKS = {
+    "quickstart": 4,
+    "sft-gsm8k": 1,
+    "quickstart-moe": 4,
+    "gpt2-124m": 8,
+    "llama-1b": 8,
+    "llama-3.1-8b": 64,
+    "llama-3.1-70b": 512,
+    "llama-3.1-405b": 16384,
+    "qwen3-8b": 64,
+    "qwen3-30b-a3b": 64,
+    "mixtral-8x7b": 64,
+}
 
 BASE = """\
 run: {steps: 10}
@@ -92,6 +104,7 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "tail_fits_decay": (["optim.decay=wsd", "optim.tail={steps: 9}", "optim.warmup_steps=2"], 1, "optim.tail", ["9 long", "it is 8"], ["optim.tail={steps: 8}"]),
     "pieces_follow_one_another": (["optim.decay=pieces", "optim.pieces=[{tokens: 9}, {tokens: 8}]"], 1, "optim.pieces", ["constant to 9, constant to 8", "ascending tokens"], ["optim.pieces=[{tokens: 8}, {tokens: 9, shape: cosine, lr: 0.0}, {}]"]),
     "plateau_has_validation": (["optim.decay=plateau"], 1, "log.validate_every", ["null with optim.decay plateau"], ["log.validate_every=5", "data.valid=held_out"]),
+    "rollback_has_checkpoints": (["optim.guard={policy: rollback}"], 1, "checkpoint.every", ["null with optim.guard.policy rollback"], ["checkpoint.every=5"]),
     "averages_differ": (["optim.ema=[0.99, 0.9, 0.99]"], 1, "optim.ema", ["[0.99, 0.9, 0.99], one more than once", "[0.9, 0.99]"], ["optim.ema=[0.9, 0.99]"]),
     "smoothing_kind_has_smoothing": (["optim.label_smoothing_kind=nemo"], 1, "optim.label_smoothing_kind", ["nemo with optim.label_smoothing 0.0"], ["optim.label_smoothing=0.1"]),
     "warmup_ends_before_decay": (["optim.warmup_steps=10"], 1, "optim.warmup_steps", ["10 of run.steps 10", "at most 9"], ["optim.decay_steps=11"]),

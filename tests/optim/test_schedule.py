@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 import transformers
 from torch.optim import lr_scheduler
 
+from megads.assemble.changes import ramp_of
+from megads.assemble.rules import findings
+from megads.config.load import load_text
 from megads.config.optim import OptimConfig
 from megads.config.schedule import LengthConfig, PieceConfig, RestartsConfig, TailConfig
 from megads.data.curriculum import Constant
@@ -183,23 +187,20 @@ def history_of(ramp: Ramp, *, length: int, last_step: int) -> tuple[Segment, ...
     return plan_history((), wanted, ramp=ramp, curriculum=Constant(length), last_step=last_step)
 
 
-V3 = OptimConfig(
-    lr=2.2e-4,
-    warmup_steps=2000,
-    decay="pieces",
-    pieces=(
-        PieceConfig(tokens=10 * 10**12),
-        PieceConfig(tokens=14_300 * 10**9, shape="cosine", lr=2.2e-5),
-        PieceConfig(tokens=14_633 * 10**9),
-        PieceConfig(lr=7.3e-6),
-    ),
-)
+V3 = Path(__file__).parents[2] / "configs" / "schedules" / "deepseek-v3.yaml"
+REST = """
+run: {steps: 300_000}
+model: {family: llama, layers: 2, hidden: 48, heads: 6}
+data: {train: corpus, tokenizer: t.model, sequence_length: 4096}
+"""
 
 
 def test_deepseek_v3s_points() -> None:
     """Its section 4.2, with its batch ramp: points stand in tokens, not in steps."""
-    history = history_of(Ramp(((0, 3072), (469 * 10**9, 15360)), unit=3072), length=4096, last_step=300_000)
-    assert len(history) == 5
+    config = load_text(V3.read_text() + REST, [], source=str(V3))
+    assert findings(config, 1) == ()
+    history = history_of(ramp_of(config.batch), length=4096, last_step=300_000)
+    assert len(history) == 13
     by = partial(tokens_by, history)
 
     def first_step_after(tokens: int) -> int:
@@ -210,7 +211,7 @@ def test_deepseek_v3s_points() -> None:
         return low
 
     def rate(step: int) -> float:
-        return learning_rate(step, V3, total_steps=300_000, tokens_by=by)
+        return learning_rate(step, config.optim, total_steps=300_000, tokens_by=by)
 
     assert rate(1000) == pytest.approx(1.1e-4, rel=1e-12)
     ten, end, last = (first_step_after(n * 10**9) for n in (10_000, 14_300, 14_633))
