@@ -7,15 +7,24 @@ One small pure function a rule; `rules.py` joins the tables. The table in README
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
 from megads.assemble.deepspeed_keys import OWNED, owned_keys
 from megads.assemble.finding import Finding, Rule
+from megads.config.optim import OptimConfig
 from megads.config.root import Config
 
 STAGES: Mapping[str, tuple[int, ...]] = MappingProxyType({"native": (0, 1, 2), "deepspeed": (0, 1, 2, 3)})
 """ZeRO stages of each engine."""
+
+NATIVE_KEYS = ("reduce_every", "reduce_dtype", "shard_size", "moment_dtype", "offload")
+"""Keys of section `optim` that only the native engine reads."""
+
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {f.name: f.default for f in fields(OptimConfig) if f.name in NATIVE_KEYS}
+)
 
 WHOLE_BACKWARDS = ("gpipe", "one_f_one_b")
 """Schedules in which the backward of a block is one action."""
@@ -43,6 +52,29 @@ def engine_has_precision(config: Config, world_size: int) -> Finding | None:
         "fp64 with optim.engine deepspeed, whose masters are float32",
         "fp32, bf16, or fp16",
         "optim.engine=native has fp64",
+    )
+
+
+def engine_has_optimizer(config: Config, world_size: int) -> Finding | None:
+    if config.optim.engine == "native" or config.optim.name != "muon":
+        return None
+    return Finding(
+        "optim.name",
+        "muon with optim.engine deepspeed, which updates flat slices in which no matrix is whole",
+        "adamw or sgd with deepspeed",
+        "optim.engine=native has muon",
+    )
+
+
+def native_keys_have_native_engine(config: Config, world_size: int) -> Finding | None:
+    used = [f"optim.{key}" for key in NATIVE_KEYS if getattr(config.optim, key) != DEFAULTS[key]]
+    if config.optim.engine == "native" or not used:
+        return None
+    return Finding(
+        used[0],
+        f"{', '.join(used)} with optim.engine deepspeed, which does not read them",
+        "their defaults, or optim.engine native",
+        "optim.deepspeed has communication_data_type, and zero_optimization.offload_optimizer",
     )
 
 
@@ -153,6 +185,8 @@ def _offload(config: Config, name: str) -> Any:
 RULES: tuple[Rule, ...] = (
     engine_has_stage,
     engine_has_precision,
+    engine_has_optimizer,
+    native_keys_have_native_engine,
     gathered_weights_have_one_stage,
     gathered_weights_have_whole_backwards,
     experts_have_engine,

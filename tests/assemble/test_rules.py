@@ -128,6 +128,8 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "gathered_weights_have_whole_backwards": (["optim.engine=deepspeed", "optim.zero_stage=3", "parallel.schedule=zero_bubble_h1"], 1, "parallel.schedule", ["zero_bubble_h1 with optim.zero_stage 3", "gpipe or one_f_one_b"], ["parallel.schedule=gpipe"]),
     "offload_is_to_host": (["optim.engine=deepspeed", "optim.zero_stage=3", "optim.deepspeed={zero_optimization: {offload_optimizer: {device: nvme}}}"], 1, "optim.deepspeed", ["zero_optimization.offload_optimizer: {'device': 'nvme'}", "state in memory", "device: cpu"], ["optim.deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"]),
     "offload_has_stage": (["optim.engine=deepspeed", "optim.zero_stage=2", "optim.deepspeed={zero_optimization: {offload_param: {device: cpu}}}"], 1, "optim.deepspeed", ["offload_param with optim.zero_stage 2", "weights are whole", "optim.zero_stage 3"], ["optim.zero_stage=3"]),
+    "engine_has_optimizer": (["optim.name=muon", "optim.engine=deepspeed"], 1, "optim.name", ["muon with optim.engine deepspeed", "no matrix is whole"], ["optim.engine=native"]),
+    "native_keys_have_native_engine": (["optim.engine=deepspeed", "optim.zero_stage=1", "optim.reduce_dtype=bf16"], 1, "optim.reduce_dtype", ["optim.reduce_dtype with optim.engine deepspeed", "communication_data_type"], ["optim.engine=native"]),
 }  # fmt: skip
 
 
