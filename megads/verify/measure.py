@@ -3,8 +3,9 @@
     ranks   build -> step 1 (watched) -> ... -> step N     weights, moments and losses, as the pieces a checkpoint gets
     parent  pieces -> logical tensors                      a piece that is missing, doubled or misplaced is seen here
 
-The gradient of step 1 is read off what the optimizer made of it, whichever engine that was: Adam's first moment is then
-(1 - beta1) x gradient after clipping, which is undone with the norm that the engine itself reported.
+The gradient of step 1 is read off what the optimizer made of it, whichever engine that was: Adam's first moment, or
+Muon's momentum, is then (1 - beta) x gradient after clipping, which is undone with the norm that the engine itself
+reported.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from megads.verify.routing import RouteKeeper
 from megads.verify.trace import Tracer
 
 LR = 1e-3
-MOMENT = "optim/exp_avg/"
+MOMENTS = ("optim/exp_avg/", "optim/momentum/")
 MAX_SKIPS = 24  # steps that fp16's loss scale may skip before the first good one
 
 
@@ -118,7 +119,7 @@ def measure(
     """Train `steps` steps of `config` on `world_size` ranks, on synthetic batches.
 
     Args:
-        config: with `model.vocab` and AdamW; needs no corpus and no tokenizer.
+        config: with `model.vocab`, and AdamW or Muon; needs no corpus and no tokenizer.
         watch: None: modules are not watched.
         timeout, stall: as `fork_ranks`.
 
@@ -177,9 +178,10 @@ def record(
 def _gradients(config: Config, first: Sequence[Part], *, norm: Tensor) -> list[Part]:
     """The gradients that made the moments in `first`, by NAME; those of a rank that reported `norm`."""
     factor = float(clip_factor(norm, config.optim.clip))
-    share = (1.0 - config.optim.betas[0]) * factor
+    decays = (config.optim.betas[0], config.optim.muon.momentum)
     return [
-        Part(p.name.removeprefix(MOMENT), p.shape, p.box, p.values / p.values.dtype.type(share))
+        Part(p.name.removeprefix(kind), p.shape, p.box, p.values / p.values.dtype.type((1.0 - decay) * factor))
+        for kind, decay in zip(MOMENTS, decays, strict=True)
         for p in first
-        if p.name.startswith(MOMENT)
+        if p.name.startswith(kind)
     ]

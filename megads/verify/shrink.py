@@ -55,7 +55,8 @@ def _small(config: Config, model: ModelConfig, length: int, *, has_micro: bool) 
         batch=config.batch if has_micro else replace(config.batch, micro=min(config.batch.micro, 2)),
         optim=replace(
             config.optim,
-            name="adamw",
+            name="muon" if config.optim.name == "muon" else "adamw",  # whose moments tell the gradient
+            groups=(),  # they may name layers that are gone
             bucket_elements=min(config.optim.bucket_elements, BUCKET),
             eps=max(config.optim.eps, LEAST_EPS),
         ),

@@ -52,6 +52,12 @@ def test_a_config_with_plain_sgd(config: str, capsys: pytest.CaptureFixture[str]
     assert main([config, "--layout", "data=2,precision=fp32", "--steps", "2", "optim.name=sgd"]) == 0
 
 
+def test_a_config_with_muon(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    groups = 'optim.groups=[{match: "*.bias", lr_scale: 2.0}]'
+    layouts = ["--layout", "tensor=2,pipeline=2,zero_stage=1", "--layout", "data=2,zero_stage=2,precision=fp32"]
+    assert main([config, *layouts, "--steps", "2", "optim.name=muon", groups]) == 0
+
+
 def test_the_configs_own_layout(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([config, "--steps", "1", "parallel.pipeline=2", "optim.zero_stage=1"]) == 0
     assert "the config's own layout: equals one process (4 ranks" in capsys.readouterr().out
