@@ -28,5 +28,6 @@ part context 90 "$PYTHON" -m tools.bench.context
 export PYTORCH_CUDA_ALLOC_CONF=pinned_use_cuda_host_register:True,pinned_num_register_threads:8 # offload pins fast
 part memory 330 "$PYTHON" -m tools.bench.memory
 unset PYTORCH_CUDA_ALLOC_CONF
+part generate 120 "$PYTHON" -m tools.bench.generate
 part step 330 "$PYTHON" -m tools.bench.step
 [ ${#FAILED[@]} -eq 0 ] || { echo "failed: ${FAILED[*]}"; exit 1; }
