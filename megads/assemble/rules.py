@@ -22,9 +22,11 @@ from megads.assemble import (
     rules_layout,
     rules_memory,
     rules_mtp,
+    rules_native,
     rules_optim,
     rules_recipe,
     rules_schedule,
+    rules_update,
 )
 from megads.assemble.finding import Finding, Rule
 from megads.config.root import Config
@@ -42,8 +44,10 @@ RULES: tuple[Rule, ...] = (
     *rules_data.RULES,
     *rules_optim.RULES,
     *rules_engine.RULES,
+    *rules_native.RULES,
     *rules_recipe.RULES,
     *rules_checkpoint.RULES,
+    *rules_update.RULES,
 )
 
 

@@ -243,7 +243,8 @@ def _difference(
     changed = [
         f"{name} ({_head(saved[name])}, wanted {dtype} {_shape(shape)})"
         for name, (shape, dtype) in sorted(wanted.items())
-        if name in saved and not _fits(saved[name], shape, dtype, is_resized=name in tolerance.resized)
+        if name in saved
+        and not _fits(name, saved[name], shape=shape, dtype=dtype, is_resized=name in tolerance.resized)
     ]
     groups = [("not in the checkpoint", missing), ("only in the checkpoint", extra), ("different", changed)]
     lines = [f"{len(names)} {title}: {_listed(names)}" for title, names in groups if names]
@@ -257,11 +258,16 @@ def _difference(
     )
 
 
-def _fits(entry: TensorEntry, shape: Sequence[int], dtype: str, *, is_resized: bool) -> bool:
-    """Whether a saved tensor can fill one of this shape and dtype."""
+def _fits(name: str, entry: TensorEntry, *, shape: Sequence[int], dtype: str, is_resized: bool) -> bool:
+    """Whether a saved tensor can fill one of this shape and dtype; a moment is widened or rounded on its way."""
     first = 1 if is_resized else 0
     same_rank = len(entry.shape) == len(shape)
-    return same_rank and entry.dtype == dtype and tuple(entry.shape[first:]) == tuple(shape[first:])
+    is_moment = name.startswith("optim/") and {entry.dtype, dtype} == {"float32", "bfloat16"}
+    return (
+        same_rank
+        and (entry.dtype == dtype or is_moment)
+        and tuple(entry.shape[first:]) == tuple(shape[first:])
+    )
 
 
 def _head(entry: TensorEntry) -> str:

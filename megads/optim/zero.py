@@ -25,6 +25,7 @@ from megads.optim.group import Kind, ParameterGroup, check_groups, group_of
 from megads.optim.muon import MuonUpdate
 from megads.optim.precision import COMPUTE_DTYPES, LossScale
 from megads.optim.share import Share
+from megads.optim.staged import StagedAdamW
 from megads.optim.update import FusedUpdate, Update
 from megads.parallel.collectives import Pending, start_all_gather
 from megads.parallel.gradient import WHOLE, Bucket, Reduction, make_buckets
@@ -55,11 +56,15 @@ class NativeEngine:
         self._tallies = tallies or TallyTable((), mesh, rows=0, columns=0)
         self._config = config
         dtype = COMPUTE_DTYPES[config.precision]
-        self._reduction = Reduction(is_sharded=config.zero_stage > 0, is_brief=config.zero_stage == 2)
+        self._reduction = Reduction(
+            is_sharded=config.zero_stage > 0,
+            is_brief=config.zero_stage == 2,
+            dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else None,
+        )
         buckets = stage_buckets(stages, mesh, config=config, dtype=dtype, reduction=self._reduction)
         self._all = tuple(bucket for found in buckets.values() for bucket in found)
         self._reducers = {stage: Reducer(found) for stage, found in buckets.items()}
-        self._shares = tuple(_share_of(bucket) for bucket in self._all)
+        self._shares = tuple(_share_of(bucket, is_offloaded=config.offload) for bucket in self._all)
         self._updates = make_updates(
             self._shares, [bucket.sum for bucket in self._all], stage=mesh.group("stage"), config=config
         )
@@ -121,15 +126,22 @@ class NativeEngine:
         for update in self._updates:
             update.step(lr=lr, factor=factor, finite=taken)
         self._scale.update(finite)
-        self._publish()
+        self._publish(is_written=self._config.offload)
         return StepReport(norm, finite, taken, self._scale.value, self._tallies.finish(is_valid=taken))
 
-    def _publish(self) -> None:
-        """Bring every rank's weights up to the masters. Gathering goes on in the background."""
+    def _publish(self, *, is_written: bool = False) -> None:
+        """Bring every rank's weights up to the masters. Gathering goes on in the background.
+
+        Args:
+            is_written: whether what this rank updates has been made of its masters already.
+        """
         for number in reversed(range(len(self._all))):  # the next forward asks for the last buckets first
             bucket, master = self._all[number], self._shares[number].master
-            if master.dtype != bucket.values.dtype:
-                bucket.held(bucket.values).copy_(master)
+            if not is_written and (master.dtype, master.device) != (
+                bucket.values.dtype,
+                bucket.values.device,
+            ):
+                bucket.held(bucket.values).copy_(master.to(bucket.values.device))
             if self._reduction.is_sharded:
                 self._gathering[number] = start_all_gather(bucket.values, bucket.group)
 
@@ -152,6 +164,9 @@ class NativeEngine:
 
     def _states(self) -> Iterator[tuple[Share, str, Tensor]]:
         """Everything flat that belongs to a share, by kind."""
+        for update in self._updates:
+            if isinstance(update, StagedAdamW):
+                update.settle()
         for share in self._shares:
             yield share, "model", share.master
         for update in self._updates:
@@ -191,19 +206,23 @@ class NativeEngine:
         self._publish()
 
 
-def _share_of(bucket: Bucket) -> Share:
-    """What this rank updates of a bucket: the weights themselves, or a float32 copy of low-precision ones."""
+def _share_of(bucket: Bucket, *, is_offloaded: bool) -> Share:
+    """What this rank updates of a bucket: the weights themselves, or a copy, float32 or in the host's memory."""
     assert bucket.initial is not None  # read once, here
-    is_copy = bucket.values.dtype != bucket.initial.dtype
+    is_copy = is_offloaded or bucket.values.dtype != bucket.initial.dtype
     master = bucket.held(bucket.initial if is_copy else bucket.values).detach()
     bucket.initial = None
     holders = bucket.replicas if bucket.reduction.is_sharded else bucket.group  # of the same values
     size = master.numel() // holders.size
     owned = slice(holders.rank * size, (holders.rank + 1) * size)
-    if bucket.reduction.is_sharded:
-        start = bucket.group.rank * master.numel()
-        return Share(bucket, master.clone() if is_copy else master, start, owned)
-    return Share(bucket, master, 0, owned)
+    if is_offloaded:
+        on_host = torch.empty_like(master, device="cpu", pin_memory=master.is_cuda)
+        master = on_host.copy_(master)
+    elif is_copy and bucket.reduction.is_sharded:
+        master = master.clone()
+    return Share(
+        bucket, master, bucket.group.rank * master.numel() if bucket.reduction.is_sharded else 0, owned
+    )
 
 
 def make_updates(
@@ -220,6 +239,8 @@ def make_updates(
         theirs, sums = [share for share, _ in found], [gradient for _, gradient in found]
         if kind == "muon":
             made.append(MuonUpdate(theirs, sums, group=stage, config=config))
+        elif config.offload or config.moment_dtype == "bf16":
+            made.append(StagedAdamW(theirs, sums, config=config))
         else:
             made.append(FusedUpdate(theirs, sums, name=kind, config=config))
     return tuple(made)

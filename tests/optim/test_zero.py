@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megads.config.optim import OptimConfig
+from megads.optim.precision import initial_dtype
 from megads.optim.zero import NativeEngine
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import build_mesh
@@ -28,7 +29,7 @@ class Toy(torch.nn.Module):
 
 def make(config: OptimConfig) -> tuple[Toy, NativeEngine]:
     mesh = build_mesh(Layout(), 0)
-    toy = Toy(Scope(mesh, torch.float64, 1, "toy"))
+    toy = Toy(Scope(mesh, initial_dtype(config.precision), 1, "toy"))
     for parameter in parameter_table([toy]):
         fill(parameter, seed=1)
     return toy, NativeEngine({0: torch.nn.ModuleList([toy])}, mesh, config=config)
