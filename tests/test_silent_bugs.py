@@ -31,9 +31,6 @@ class NotApplicable:
     reason: str
 
 
-NO_SMOOTHING = NotApplicable(
-    "there is no label smoothing yet; it comes with the objectives of the next issue"
-)
 NO_DEEPSEEK = NotApplicable("there is no MLA, MTP, sparse indexer or Muon yet; they come with the next issue")
 NO_METRIC = NotApplicable("megads computes no such metric")
 OUTSIDE = NotApplicable("about other packages' releases, which megads does not import")
@@ -45,7 +42,7 @@ DEEPSPEED = "tests/optim/test_deepspeed_zero.py::"
 
 ROWS: dict[str, tuple[str, ...] | NotApplicable] = {
     "1": (COVERING, "mutation: no sum over ranks in the vocabulary-parallel cross entropy"),
-    "2": NO_SMOOTHING,
+    "2": ("tests/parity/test_objective.py::test_objective_is_torchs",),
     "3": (
         "tests/parity/test_context.py::test_cutting_rows_changes_nothing",
         "tests/parity/test_experts.py::test_what_is_reported_is_of_the_whole_batch",
@@ -109,7 +106,7 @@ ROWS: dict[str, tuple[str, ...] | NotApplicable] = {
     "28": ("tests/assemble/test_export_hf.py::test_every_tensor_is_there_bit_for_bit_and_logits_are_equal",),
     "29": NO_DEEPSEEK,
     "30": ("tests/pipeline/test_schedules.py::test_declared_bounds_are_tight_and_the_published_peaks",),
-    "T1": NO_SMOOTHING,
+    "T1": ("tests/objective/test_language.py::test_loss_and_gradient_equal_torch",),
     "T2": ("mutation: no sum over ranks in the vocabulary-parallel cross entropy", COVERING),
     "T3": (
         "tests/layers/test_moe.py::test_a_second_forward_counts_nothing_and_neither_does_evaluation",

@@ -125,8 +125,8 @@ MUTATIONS = (
     Mutation(
         "no sum over ranks in the vocabulary-parallel cross entropy",
         "objective/language.py",
-        "sums = all_reduce_(torch.stack((parts.exponentials, parts.target)), group)",
-        "sums = torch.stack((parts.exponentials, parts.target))",
+        "sums = all_reduce_(torch.stack(rows), group)",
+        "sums = torch.stack(rows)",
         "tensor=2",
         "llama",
         ("loss of step 1", "vocabulary-parallel cross entropy over tp"),
@@ -216,8 +216,8 @@ MUTATIONS = (
     Mutation(
         "the backward of every stage is seeded by its number",
         "pipeline/stage.py",
-        "seeds[e.name].to(e.sum.dtype) for e in saved.extras",
-        "seeds[e.name].to(e.sum.dtype) * (self.number + 1) for e in saved.extras",
+        "seeds[e.name].to(e.sum.dtype) for e in trained",
+        "seeds[e.name].to(e.sum.dtype) * (self.number + 1) for e in trained",
         "pipeline=2",
         "llama",
         ("2 times what it should be", "what the backward is seeded with"),
