@@ -124,6 +124,7 @@ def build_model(config: Config, mesh: Mesh, *, vocab: int) -> Model:
         sequence_parallel=config.parallel.sequence,
         context_kind=config.parallel.context_kind,
         sequence_pieces=config.parallel.sequence_pieces,
+        width=spec.width,
     )
     ranges = stage_ranges(config, spec, layout=mesh.layout)
     mine = {stage: range(*ranges[stage]) for stage in mesh.layout.stages_of(mesh.group("pp").rank)}

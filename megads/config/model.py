@@ -134,6 +134,11 @@ class ModelConfig:
     """Standard deviation of initial weights; projections back into the residual stream get it divided by
     sqrt(2 x layers).
     """
+    mup_base_hidden: PositiveInt | None = None
+    """muP: width of the base model, at which all is as without it; at others initial weights, learning rates, eps and
+    logits are scaled so that the base model's best learning rate stays the best. null: no muP."""
+    mup_base_head_dim: PositiveInt | None = None
+    """muP: width of the base model's attention heads; null: `model.head_dim`, a wider model having more heads."""
 
     @property
     def expert_layers(self) -> tuple[int, ...]:

@@ -31,6 +31,8 @@ class AttentionSpec:
         qkv_bias, out_bias: whether the projections add a bias.
         qk_norm_eps: of an RMSNorm over each head of q and k, before they turn, its weight shared by all heads; None:
             there is none.
+        base_head_dim: width of a head of the muP base, from which scores are scaled by 1 / head_dim and not by its
+            root (`parallel/width.py`); None: as wide as here.
     """
 
     heads: int
@@ -39,6 +41,13 @@ class AttentionSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm_eps: float | None = None
+    base_head_dim: int | None = None
+
+    @property
+    def scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        root: float = self.head_dim**-0.5
+        return root if self.base_head_dim is None else root * (self.base_head_dim / self.head_dim) ** 0.5
 
     def projection_cost(self, hidden: int) -> int:
         """Multiply-adds of one token in the projections."""
@@ -71,6 +80,7 @@ class SelfAttention(Cached):
     ) -> None:
         super().__init__()
         self._dim = dim = spec.head_dim
+        self._scale = spec.scale
         tp_size = scope.mesh.group("tp").size
         self._num_local = (spec.heads // tp_size, spec.kv_heads // tp_size)
         self._context = scope.mesh.group("cp")
@@ -116,7 +126,7 @@ class SelfAttention(Cached):
             q, k = (rotary(x, angles, rope=self._rope) for x in (q, k))
             v = v.contiguous()  # as a part of `fused` it would keep q and k as they were before
         if self.cache is not None:
-            attended = self.cache.attend(self, q, (k, v), scale=self._dim**-0.5)
+            attended = self.cache.attend(self, q, (k, v), scale=self._scale)
         else:
             attended = context_attention(
                 q,
@@ -124,7 +134,7 @@ class SelfAttention(Cached):
                 v,
                 group=self._context,
                 kind=self._context_kind,
-                scale=self._dim**-0.5,
+                scale=self._scale,
                 documents=batch.document_ids,
                 dropout=self.dropout.plan(batch),
             ).out

@@ -80,6 +80,7 @@ class HeadBlock(torch.nn.Module):
         self._vocab = spec.vocab
         self._is_cut = scope.sequence_parallel
         self._has_more = spec.mtp is not None
+        self._width = spec.width
         self._weights = spec.objective.weights(spec.vocab)
         self._chunked = (
             None
@@ -106,6 +107,7 @@ class HeadBlock(torch.nn.Module):
 
     def loss(self, normed: Tensor, batch: Batch) -> Losses:
         """Sums of the losses of hidden states behind a norm, of the tokens of `batch` that count."""
+        normed = self._scaled(normed)
         if self._chunked is not None:
             return chunked_loss(normed, batch, head=self._chunked)
         logits = self.output(normed).transpose(0, 1)  # [batch, seq, vocab_local]
@@ -118,6 +120,10 @@ class HeadBlock(torch.nn.Module):
         )
         return losses.sum(batch.mask.flatten())
 
+    def _scaled(self, normed: Tensor) -> Tensor:
+        """What the output weight is multiplied with: logits are divided by the model's width (muP)."""
+        return normed if self._width == 1.0 else normed / self._width
+
     def logits(self, payload: Payload, *, columns: slice = slice(None)) -> Tensor:
         """(hidden,) -> [batch, seq, vocab] over the whole vocabulary, on every tensor-parallel rank (no gradient).
 
@@ -125,7 +131,7 @@ class HeadBlock(torch.nn.Module):
             columns: those of the sequence that are wanted.
         """
         (hidden,) = payload
-        normed = self.norm(hidden)
+        normed = self._scaled(self.norm(hidden))
         if self._is_cut:
             local = self.output(normed)[columns].transpose(0, 1)
         else:

@@ -33,6 +33,7 @@ def grouped_attention(
         qkv_bias=qkv_bias,
         out_bias=out_bias,
         qk_norm_eps=config.norm_eps if qk_norm else None,
+        base_head_dim=config.mup_base_head_dim,
     )
 
 
@@ -137,4 +138,5 @@ class ModelFamily:
             moe=describe_experts(config),
             expert_layers=config.expert_layers,
             mtp=_mtp(config),
+            width=config.hidden / (config.mup_base_hidden or config.hidden),
         )

@@ -11,6 +11,7 @@ from megads.checkpoint.hf_names import Family, Row, require
 from megads.config.model import ModelConfig
 from megads.errors import CheckpointError
 from megads.model.family import ModelFamily, grouped_attention
+from megads.model.hugging_face import refuse_width
 
 
 def _to_hugging_face(model: ModelConfig) -> dict[str, Any]:
@@ -20,6 +21,7 @@ def _to_hugging_face(model: ModelConfig) -> dict[str, Any]:
             found=f"model.kv_heads {model.kv_heads} of {model.heads} heads, model.head_dim {model.head_dim}",
             allowed="model.family llama for grouped queries",
         )
+    refuse_width(model)
     return {
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": model.vocab,

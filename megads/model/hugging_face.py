@@ -56,6 +56,7 @@ PREFIX = "model."
 
 def sizes_to(model: ModelConfig) -> dict[str, Any]:
     """What config.json says about a complete config, whatever the family."""
+    refuse_width(model)
     return {
         "vocab_size": model.vocab,
         "max_position_embeddings": model.max_positions,
@@ -177,6 +178,22 @@ def experts_to(model: ModelConfig) -> dict[str, Any]:
         "output_router_logits": False,
         "router_aux_loss_coef": model.balance_weight,
     }
+
+
+def refuse_width(model: ModelConfig) -> None:
+    """Say that nobody else scales logits and attention by the width of a base model (muP).
+
+    Raises:
+        CheckpointError: the config has a base of another width.
+    """
+    is_scaled = model.mup_base_hidden not in (None, model.hidden)
+    if is_scaled or model.mup_base_head_dim not in (None, model.head_dim):
+        raise CheckpointError(
+            "a model scaled by muP has no name elsewhere",
+            found=f"model.mup_base_hidden {model.mup_base_hidden}, model.mup_base_head_dim {model.mup_base_head_dim}",
+            allowed="models without muP, or as wide as their base",
+            do="keep the checkpoint as it is: megads trains, evaluates and generates from it",
+        )
 
 
 def refuse_experts(model: ModelConfig) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from megads.checkpoint.hf_names import grouped, pattern
 from megads.config.model import ModelConfig
 from megads.errors import CheckpointError
+from megads.model.hugging_face import refuse_width
 
 TransformerImpl = Literal["transformer_engine", "local"]
 HEAD_COPY = ("output_layer.weight", "word_embeddings_for_head.weight")
@@ -244,7 +245,11 @@ def args_of(model: ModelConfig, *, sequence_length: int) -> dict[str, Any]:
 
     Args:
         model: complete.
+
+    Raises:
+        CheckpointError: a model scaled by muP.
     """
+    refuse_width(model)
     is_llama = model.family == "llama"
     return {
         "num_layers": model.layers,

@@ -50,6 +50,7 @@ class DecoderSpec:
             numbered after the trunk's.
         objective: what is trained on beside the plain language loss.
         mtp: multi-token prediction; None: none.
+        width: in widths of its muP base (`parallel/width.py`); logits are divided by it.
     """
 
     layers: int
@@ -71,6 +72,7 @@ class DecoderSpec:
     expert_layers: tuple[int, ...] = ()
     objective: ObjectiveSpec = LANGUAGE
     mtp: MTPSpec | None = None
+    width: float = 1.0
 
     @property
     def num_blocks(self) -> int:
