@@ -21,8 +21,9 @@ from megads.model.decoder import HeadBlock, make_blocks
 from megads.model.spec import DecoderSpec
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import build_mesh
-from megads.parallel.parameter import Scope, parameter_table, stored_name
+from megads.parallel.parameter import Piece, Scope, parameter_table, stored_name
 from megads.parallel.shard import ShardSpec
+from megads.parallel.tally import tallied_in
 
 TOLERANCE = 1e-5
 """Largest difference of two logits, as a share of the largest logit where that is above 1."""
@@ -119,10 +120,21 @@ def sample_tokens(ids: Sequence[int], spec: DecoderSpec) -> Tensor:
 
 
 def declared(spec: DecoderSpec) -> dict[str, ShardSpec]:
-    """Logical name -> declaration of every stored parameter, without memory for any."""
+    """Logical name -> declaration of every stored parameter, and of state stored with them; without memory for any."""
     mesh = build_mesh(Layout(), 0, device=torch.device("meta"))
     blocks = make_blocks(Scope(mesh, torch.float32, 0), spec, stages={0: range(spec.num_blocks)})[0]
-    return {stored_name(parameter): parameter.spec for parameter in parameter_table([blocks])}
+    found = {stored_name(parameter): parameter.spec for parameter in parameter_table([blocks])}
+    return found | {_name_of(piece): ShardSpec(piece.shape) for piece in _kept(blocks)}
+
+
+def _kept(blocks: torch.nn.ModuleList) -> list[Piece]:
+    """State of the blocks that is stored as weights are: the biases of routers."""
+    pieces = (piece for module in tallied_in([blocks]) for piece in module.kept())
+    return [piece for piece in pieces if piece.name.startswith("model/")]
+
+
+def _name_of(piece: Piece) -> str:
+    return piece.name.removeprefix("model/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +172,8 @@ def reference_outputs(
         blocks = make_blocks(Scope(mesh, dtype, 0), spec, stages={0: range(number, number + 1)})[0].eval()
         for parameter in parameter_table([blocks]):
             parameter.copy_(read(stored_name(parameter)))
+        for piece in _kept(blocks):
+            piece.tensor.copy_(read(_name_of(piece)))
         block = blocks[0]  # behind the head is multi-token prediction, of which logits know nothing
         if isinstance(block, HeadBlock):
             return Outputs(states, block.logits(payload))
