@@ -112,6 +112,10 @@ class GatheredTwins:
 
     def update(self) -> None:
         """See `Twins`."""
+        assert not any(self._num_holders)  # what is held now would be old in the next step
+        unused = tuple(self._gathering)
+        self._hold(unused)
+        self._release(unused)
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
 
@@ -138,7 +142,9 @@ class GatheredTwins:
                 numbers = self._numbers_in(module, recurse=False)
                 if numbers and module is not block:
                     module.register_forward_pre_hook(lambda *_, numbers=numbers: self._hold(numbers))
-                    module.register_forward_hook(lambda *_, numbers=numbers: self._release(numbers))
+                    module.register_forward_hook(  # also where a recompute ends, inside of a module, by an exception
+                        lambda *_, numbers=numbers: self._release(numbers), always_call=True
+                    )
 
     def _before_block(self, number: int, *_: Any) -> None:
         self._finish_backward()
