@@ -30,6 +30,8 @@ from megads.parallel.control import Control
 from megads.parallel.parameter import Piece
 from megads.parallel.shard import Box
 
+HIDDEN = 48
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -55,7 +57,7 @@ def config_of(sample: Sample, tokenizer: Path) -> Config:
         model=ModelConfig(
             family=sample.family,
             layers=sample.layers,
-            hidden=48,
+            hidden=HIDDEN,
             heads=4,
             kv_heads=sample.kv_heads or 4,
             ffn=72,
@@ -95,7 +97,7 @@ def save_step(
     config = config_of(sample, tokenizer)
     weights = random_weights(config)
     state = {f"model/{name}": values for name, values in weights.items()}
-    state["optim/exp_avg/head.norm.weight"] = torch.zeros(48)
+    state["optim/exp_avg/head.norm.weight"] = torch.zeros(HIDDEN)
     if has_moments:
         state |= {f"optim/exp_avg/{name}": values * 2 for name, values in weights.items()}
         state |= {f"optim/exp_avg_sq/{name}": values.abs() for name, values in weights.items()}
