@@ -88,7 +88,9 @@ def read_trial(path: str, layout: str, *, overrides: Sequence[str] = ()) -> Tria
         )
     resets = [f"parallel.{degree}=1" for degree in DEGREES] + ["parallel.expert_tensor=null"]
     if given.get("pipeline", "1") == "1":
-        resets += ["parallel.virtual_stages=1", "parallel.schedule=one_f_one_b", "parallel.stage_layers=null"]
+        resets += ["parallel.virtual_stages=1", "parallel.schedule=one_f_one_b"]
+    if "stage_layers" not in given:
+        resets += ["parallel.stage_layers=null"]  # those of the config are for its own stages
     if given.get("tensor", "1") == "1":
         resets += ["parallel.sequence_pieces=1"]
     words = [f"{short[key]}={value}" for key, value in given.items()]

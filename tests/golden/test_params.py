@@ -26,7 +26,15 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 VOCAB = 4096  # ids of the quickstart's tokenizer, for configs that take the tokenizer's size
 
 # What the makers of the models, or Hugging Face's weights, say.
-KNOWN = {"gpt2-124m": 124_439_808, "llama-8b": 8_030_261_248}
+KNOWN = {
+    "gpt2-124m": 124_439_808,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+}
 
 
 def parameters_of(config: Path) -> tuple[ShardedParameter, ...]:
