@@ -139,7 +139,7 @@ class LatentAttention(Cached):
         self._tensor, self._context = scope.mesh.group("tp"), scope.mesh.group("cp")
         self._context_kind, self._is_cut = scope.context_kind, scope.sequence_parallel
 
-        def latent(name: str, rank: int, beside: int, head_dim: int) -> Latent:
+        def latent(name: str, rank: int, *, beside: int, head_dim: int) -> Latent:
             return Latent(
                 scope.child(name),
                 hidden,
@@ -160,9 +160,9 @@ class LatentAttention(Cached):
                 has_bias=False,
             )
             if spec.q_lora is None
-            else latent("q", spec.q_lora, 0, spec.qk_dim)
+            else latent("q", spec.q_lora, beside=0, head_dim=spec.qk_dim)
         )
-        self.kv = latent("kv", spec.kv_lora, spec.rope_dim, spec.nope_dim + spec.v_dim)
+        self.kv = latent("kv", spec.kv_lora, beside=spec.rope_dim, head_dim=spec.nope_dim + spec.v_dim)
         self.out = RowParallelLinear(
             scope.child("out"), spec.heads * spec.v_dim, hidden, init_std=output_std, has_bias=False
         )
