@@ -9,6 +9,7 @@ from itertools import product
 from math import prod
 
 from megads.assemble.finding import Finding, Rule, divisors, multiples
+from megads.config.model import LATENT_FAMILIES
 from megads.config.root import Config
 
 
@@ -80,7 +81,7 @@ def heads_share_kv_heads(config: Config, world_size: int) -> Finding | None:
 
 def hidden_fills_heads(config: Config, world_size: int) -> Finding | None:
     hidden, heads = config.model.hidden, config.model.heads
-    if config.model.head_dim is not None or hidden % heads == 0:
+    if config.model.head_dim is not None or config.model.family in LATENT_FAMILIES or hidden % heads == 0:
         return None
     return Finding(
         "model.hidden",
@@ -92,7 +93,7 @@ def hidden_fills_heads(config: Config, world_size: int) -> Finding | None:
 
 def rotary_head_is_even(config: Config, world_size: int) -> Finding | None:
     hidden, heads, head_dim = config.model.hidden, config.model.heads, config.model.head_dim
-    if config.model.family == "gpt":
+    if config.model.family in ("gpt", *LATENT_FAMILIES):
         return None
     if head_dim is not None:
         is_odd = head_dim % 2 == 1
