@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megads.parallel.parameter import Piece, ShardedParameter
@@ -157,7 +158,7 @@ def _models(whole: Arrays) -> Arrays:
 
 def parts_of(pieces: Sequence[Piece]) -> list[Part]:
     """Copies of pieces that can leave the process."""
-    return [Part(p.name, p.shape, p.box, p.tensor.detach().cpu().numpy().copy()) for p in pieces]
+    return [Part(p.name, p.shape, p.box, _array(p.tensor)) for p in pieces]
 
 
 def assemble(ranks: Sequence[Sequence[Part]], bad: dict[str, None]) -> Arrays:
@@ -173,3 +174,9 @@ def assemble(ranks: Sequence[Sequence[Part]], bad: dict[str, None]) -> Arrays:
         if not (count == 1).all():
             bad.setdefault(name.rpartition("/")[2])
     return whole
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    """A copy; of bfloat16, which numpy does not have, in float32."""
+    values = tensor.detach().cpu()
+    return np.array(values.float() if values.dtype == torch.bfloat16 else values)

@@ -59,6 +59,7 @@ class Case:
     offload: bool = False
     loss_chunk: int | None = None
     pieces: int = 1
+    optim: Any = None  # more keys of the section
 
     @property
     def world_size(self) -> int:
@@ -129,6 +130,7 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
             zero_stage=case.zero,
             engine=case.engine,
             bucket_elements=case.bucket,
+            **(case.optim or {}),
             **model.optim,
         ),
         parallel=ParallelConfig(
