@@ -24,6 +24,7 @@ from megads.assemble.rules_engine import STAGES  # noqa: E402
 from megads.assemble.step import train_step  # noqa: E402
 from megads.assemble.wiring import build_engine, build_executors, build_model, layout_of  # noqa: E402
 from megads.config.root import Config  # noqa: E402
+from megads.config.update import GroupConfig  # noqa: E402
 from megads.parallel.mesh import build_mesh  # noqa: E402
 from megads.verify.batch import synthetic_batch  # noqa: E402
 from tests.parity.harness import Case, Model, assemble, make_config  # noqa: E402
@@ -134,6 +135,25 @@ def test_every_stage_trains_alike(engine: str, stage: int, layout: str, name: st
     got = train(_config(case, name), 4, num_steps=NUM_STEPS)
     assert got.losses == pytest.approx(reference.losses, rel=1e-6)
     assert not far(got.tensors, reference.tensors, bound=1e-4 if name == "adamw" else 1e-6)
+
+
+def _grouped(case: Case) -> Config:
+    config = _config(case, "adamw")
+    groups = (
+        GroupConfig(match="*.bias", lr_scale=3.0),
+        GroupConfig(match="layers.0.mlp.*.weight", lr_scale=0.5, weight_decay=0.3, eps=1e-3),
+    )
+    return replace(config, optim=replace(config.optim, groups=groups, ema=(0.5, 0.9)))
+
+
+@pytest.mark.parametrize(("stage", "layout"), [(0, "tensor"), (2, "pipeline"), (3, "tensor")])
+def test_groups_and_averages_are_the_same_under_deepspeed(stage: int, layout: str) -> None:
+    reference = train(_grouped(Case(micro=4)), 1, num_steps=4)
+    got = train(_grouped(replace(LAYOUTS[layout], engine="deepspeed", zero=stage)), 4, num_steps=4)
+    assert {name.partition("/")[0] for name in got.tensors} == {"model", "optim", "ema_0.5", "ema_0.9"}
+    assert not far(got.tensors, reference.tensors, bound=1e-4)
+    plain = train(_config(Case(micro=4), "adamw"), 1, num_steps=4)
+    assert far(reference.tensors, reference.tensors | plain.tensors, bound=1e-3), "groups change nothing"
 
 
 @functools.cache
