@@ -110,21 +110,34 @@ def test_averages_come_and_go(tmp_path: Path) -> None:
     assert {name.partition("/")[0] for name in tensors(tmp_path / "step-00000005")} == {"model", "optim"}
 
 
-def test_a_step_that_is_not_taken_moves_no_average(tmp_path: Path) -> None:
-    class Never:
-        def admits(self, norm: torch.Tensor) -> torch.Tensor:
-            return torch.tensor(False)
+class Never:
+    """A guard that admits no step."""
 
-    config = make_config(Model("gpt", layers=2, optim={"ema": DECAYS}), Case(micro=7), precision="fp64")
-    trainee = Trainee.build(config, connected(0, 1))
-    trainee.step(1)
-    before = copies(trainee)
-    report = trainee.engine.step(lr=1.0, guard=Never())  # with the gradients of step 1
-    assert bool(report.finite)
-    assert not bool(report.taken)
-    assert not changes(trainee, before)
-    trainee.engine.step(lr=1.0)
-    assert {"model", "ema_0.9", "ema_0.99"} <= changes(trainee, before)
+    def admits(self, norm: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("engine", ["native", "deepspeed"])
+def test_a_step_that_is_not_taken_moves_no_average(engine: str) -> None:
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
+    case = Case(micro=7, engine=engine, zero=1, data=2)
+    config = make_config(Model("gpt", layers=2, optim={"ema": DECAYS}), case, precision="fp32")
+
+    def work(rank: int, size: int) -> tuple[bool, bool, set[str], set[str]]:
+        trainee = Trainee.build(config, connected(rank, size))
+        trainee.step(1)
+        before = copies(trainee)
+        report = trainee.engine.step(lr=1.0, guard=Never())  # with what is left of the gradients of step 1
+        kept = changes(trainee, before)
+        trainee.step(2)
+        return bool(report.finite), bool(report.taken), kept, changes(trainee, before)
+
+    for finite, taken, kept, moved in run_ranks(work, 2):
+        assert finite
+        assert not taken
+        assert not kept
+        assert {"model", "ema_0.9", "ema_0.99"} <= moved
 
 
 def copies(trainee: Trainee) -> list[torch.Tensor]:
