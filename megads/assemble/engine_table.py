@@ -33,13 +33,14 @@ Engine = Literal["native", "deepspeed"]
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
 ENGINES: Mapping[Engine, tuple[str, ...]] = MappingProxyType(
-    {"native": ("none",), "deepspeed": ("none", "state", "state and weights")}
+    {"native": ("none", "state"), "deepspeed": ("none", "state", "state and weights")}
 )
 """Engine -> what it may keep in the host's memory."""
 
 OFFLOADS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"none": (), "state": ("offload_optimizer",), "state and weights": ("offload_optimizer", "offload_param")}
 )
+"""The keys of DeepSpeed for it; the native engine's is `optim.offload`."""
 
 PRECISIONS: tuple[Precision, ...] = ("fp64", "fp32", "bf16", "fp16")
 
@@ -75,7 +76,9 @@ class Choice:
     @property
     def config(self) -> Config:
         """A small model with it."""
-        sections: dict[str, JsonValue] = {name: {"device": "cpu"} for name in OFFLOADS[self.offload]}
+        is_native = self.engine == "native"
+        names = () if is_native else OFFLOADS[self.offload]
+        sections: dict[str, JsonValue] = {name: {"device": "cpu"} for name in names}
         degree = EXPERTS[self.experts]
         return Config(
             run=RunConfig(steps=100, seed=7),
@@ -92,6 +95,7 @@ class Choice:
                 zero_stage=self.zero_stage,
                 precision=self.precision,
                 deepspeed={"zero_optimization": sections} if sections else {},
+                offload=is_native and self.offload != "none",
             ),
             parallel=replace(PIPELINES[self.pipeline], expert=max(degree, 1)),
         )
