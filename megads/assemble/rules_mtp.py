@@ -46,4 +46,20 @@ def mtp_layers_see_labels(config: Config, world_size: int) -> Finding | None:
     )
 
 
-RULES: tuple[Rule, ...] = (mtp_weight_has_layers, mtp_weight_starts_at_nothing, mtp_layers_see_labels)
+def mtp_layers_find_the_head(config: Config, world_size: int) -> Finding | None:
+    if not config.model.mtp_layers or config.optim.zero_stage < 3:
+        return None
+    return Finding(
+        "optim.zero_stage",
+        f"{config.optim.zero_stage} with model.mtp_layers {config.model.mtp_layers}: weights are whole only while the "
+        "block that owns them runs, and the output head's are used by the layers behind it",
+        "at most 2",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    mtp_weight_has_layers,
+    mtp_weight_starts_at_nothing,
+    mtp_layers_see_labels,
+    mtp_layers_find_the_head,
+)

@@ -84,6 +84,7 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "mtp_weight_has_layers": (["model.mtp_weight=0.1"], 1, "model.mtp_weight", ["model.mtp_layers 0", "0.3, the default"], ["model.mtp_layers=1"]),
     "mtp_weight_starts_at_nothing": (["model.mtp_layers=1", "model.mtp_weight=[{tokens: 5, weight: 0.3}, {tokens: 9, weight: 0.1}]"], 1, "model.mtp_weight", ["points at 5, 9 tokens", "the first at 0"], ["model.mtp_weight=[{tokens: 0, weight: 0.3}, {tokens: 9, weight: 0.1}]"]),
     "mtp_layers_see_labels": (["model.mtp_layers=8"], 1, "model.mtp_layers", ["8 with data.sequence_length 8", "at most 7"], ["model.mtp_layers=7"]),
+    "mtp_layers_find_the_head": (["model.mtp_layers=1", "optim.engine=deepspeed", "optim.zero_stage=3"], 1, "optim.zero_stage", ["3 with model.mtp_layers 1", "at most 2"], ["optim.zero_stage=2"]),
     "dense_layers_exist": (["model.experts=4", "model.dense_layers=[0,2]"], 1, "model.dense_layers", ["[0, 2]: there is no layer 2 among 2", "0 to 1"], ["model.dense_layers=[0]"]),
     "balance_has_weight": (["model.experts=4", "model.balance_weight=0.5"], 1, "model.balance_weight", ["0.5 with model.balance none"], ["model.balance=sequence"]),
     "experts_fill_expert_ranks": (["model.experts=6", "parallel.expert=4"], 4, "parallel.expert", ["6 / 4 = 1.5", "1, 2, 3, 6"], ["parallel.expert=2"]),
