@@ -7,6 +7,7 @@ Families differ in what they put here (family.py). No modules here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,13 +93,15 @@ class DecoderSpec:
     @property
     def block_costs(self) -> tuple[float, ...]:
         """Multiply-adds of one token in the matrix products of each block, the weights' part; of experts those it
-        goes to.
+        goes to, and the sum of what they make.
         """
         projections = self.attention.projection_cost(self.hidden)
         dense = self.hidden * self.ffn * (3 if self.activation == "swiglu" else 2)
         moe, routed = self.moe, 0
         if moe is not None:
-            routed = self.hidden * (3 * (moe.per_token * moe.ffn + moe.shared_ffn) + moe.experts)
+            routed = self.hidden * (
+                3 * (moe.per_token * moe.ffn + moe.shared_ffn) + moe.experts + moe.per_token
+            )
         layers = [
             float(projections + (routed if number in self.expert_layers else dense))
             for number in range(self.layers + self.mtp_depth)
@@ -131,11 +134,23 @@ class DecoderSpec:
         """Term -> its weight in a step before which `tokens` were read, of those that have a schedule."""
         return {} if self.mtp is None else {"mtp_loss": self.mtp.term_weight(tokens)}
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Flops of forward and backward for one token: 6 x weights in products + 6 L h s (causal attention).
+    def flops(self, tokens: float, *, pairs: float) -> float:
+        """Model flops of forward and backward: of the weights' products and of attention, nothing computed twice.
 
-        As in Narayanan et al. 2021 (eq. 3) without recompute, with the causal half of the attention products.
+        Two a multiply-add, three times: forward, and the gradients of both factors (Narayanan et al. 2021, eq. 3).
+
+        Args:
+            tokens: how many there are.
+            pairs: of a query and a key that it sees, in one layer: `causal_pairs` of the documents' lengths.
         """
         num_layers = self.layers + self.mtp_depth
-        pairs = num_layers * self.attention.pair_cost * sequence_length / 2  # multiply-adds of one token
-        return 6.0 * (sum(self.block_costs) + pairs)
+        return 6.0 * (tokens * sum(self.block_costs) + pairs * num_layers * self.attention.pair_cost)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Model flops of forward and backward for one token of a whole sequence."""
+        return self.flops(1.0, pairs=causal_pairs([sequence_length]) / sequence_length)
+
+
+def causal_pairs(lengths: Iterable[int]) -> int:
+    """Pairs of a query and a key at or before it, in documents of these lengths that do not see each other."""
+    return sum(length * (length + 1) // 2 for length in lengths)

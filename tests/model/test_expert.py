@@ -49,7 +49,7 @@ def test_costs_are_of_what_a_token_passes() -> None:
     dense = make()
     spec = make(experts=8, experts_per_token=2, expert_ffn=24, shared_experts=1, dense_layers=1)
     assert list(spec.expert_layers) == [1, 2, 3]
-    routed = 3 * HIDDEN * 24 * (2 + 1) + 8 * HIDDEN  # two and the shared one, and the router
+    routed = 3 * HIDDEN * 24 * (2 + 1) + (8 + 2) * HIDDEN  # two and the shared one, the router, the sum
     assert spec.block_costs[1] == dense.block_costs[1]
     assert spec.block_costs[2:5] == tuple(dense.block_costs[2] - DENSE + routed for _ in range(3))
     saved = 6 * 3 * (DENSE - routed)

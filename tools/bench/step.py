@@ -208,7 +208,7 @@ def row_of(result: Result, name: str, *, shape: Shape, precision: str, device: t
     """The table's line."""
     spec = describe(shape.model, vocab=shape.vocab, sequence_length=shape.seq)
     causal = spec.flops_per_token(shape.seq)
-    full = causal + 6.0 * spec.layers * spec.hidden * shape.seq
+    full = spec.flops(1.0, pairs=shape.seq)
     seconds = statistics.median(result.seconds)
     rate = result.rows * shape.seq / seconds
     peak = data_sheet(device, precision)
