@@ -34,6 +34,7 @@ KNOWN = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-30b-a3b": 30_532_122_624,
     "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v2-lite": 15_706_484_224,
 }
 
 
@@ -63,3 +64,13 @@ def test_no_table_is_left_of_a_config_that_is_gone() -> None:
 def test_models_have_the_size_that_is_known_of_them(name: str, expected: int) -> None:
     parameters = parameters_of(ROOT / "configs" / f"{name}.yaml")
     assert sum(math.prod(parameter.spec.shape) for parameter in parameters) == expected
+
+
+def test_deepseek_v3_has_the_size_that_its_weights_have() -> None:
+    """671.026 B, and 11.6 B more in the layer of multi-token prediction, whose embedding and head are the trunk's."""
+    sizes = {
+        p.logical_name: math.prod(p.spec.shape) for p in parameters_of(ROOT / "configs" / "deepseek-v3.yaml")
+    }
+    ahead = sum(size for name, size in sizes.items() if name.startswith("layers.61."))
+    assert (sum(sizes.values()) - ahead) / 1e9 == pytest.approx(671.026, abs=5e-4)
+    assert ahead / 1e9 == pytest.approx(11.61, abs=5e-3)

@@ -65,6 +65,9 @@ class FamilyCase:
                     parameter.add_(0.2 * torch.randn_like(parameter))
                 elif "gate_up_proj" in name or "down_proj" in name or name.endswith("gate.weight"):
                     parameter.copy_(0.3 * torch.randn_like(parameter))
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.copy_(0.2 * torch.randn_like(buffer))
         return model.eval()
 
 
@@ -78,6 +81,20 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+}
+SHARP = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+GROUPS = {"n_group": 4, "topk_group": 2}
 
 CASES = (
     FamilyCase("llama3", "LlamaConfig", {"rope_parameters": LLAMA3}),
@@ -95,6 +112,33 @@ CASES = (
     ),
     FamilyCase("qwen3_moe-plain-gates", "Qwen3MoeConfig", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
     FamilyCase("mixtral", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}, seed=1),
+    FamilyCase("deepseek_v2-lite", "DeepseekV2Config", {**LATENT, "q_lora_rank": None}, seed=2),
+    FamilyCase(
+        "deepseek_v2",
+        "DeepseekV2Config",
+        {
+            **LATENT,
+            **GROUPS,
+            "q_lora_rank": 18,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 3.0,
+            "rope_parameters": {**SHARP, "mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+        seed=4,
+    ),
+    FamilyCase(
+        "deepseek_v3",
+        "DeepseekV3Config",
+        {
+            **LATENT,
+            **GROUPS,
+            "q_lora_rank": 18,
+            "num_mtp_layers": 0,
+            "rope_parameters": SHARP,
+            "rms_norm_eps": 1e-5,
+        },
+        seed=1,
+    ),
 )
 
 
@@ -120,6 +164,7 @@ def training_config(config: Config) -> Config:
     optim = replace(config.optim, **OPTIM)
     return replace(
         config,
+        model=replace(config.model, bias_rate=1e-12),  # transformers moves no bias
         batch=BatchConfig(global_size=ROWS, micro=1),
         data=replace(config.data, sequence_length=SEQ),
         optim=optim,
@@ -130,7 +175,7 @@ def judge(model: Any, config: Config) -> Judgement:
     """Train the model in transformers and torch for some steps on the batches of `config`."""
     margins: list[float] = []
     for module in model.modules():
-        if type(module).__name__.endswith("TopKRouter"):
+        if type(module).__name__.lower().endswith("topkrouter"):
             module.register_forward_hook(lambda router, _, out: margins.append(_margin(router, out[0])))
     norms_and_biases = [p for p in model.parameters() if p.dim() == 1]
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -158,5 +203,15 @@ def judge(model: Any, config: Config) -> Judgement:
 
 
 def _margin(router: Any, logits: torch.Tensor) -> float:
-    best = logits.float().softmax(-1).topk(router.top_k + 1, dim=-1).values
-    return float((best[..., -2] - best[..., -1]).min().detach())
+    bias = getattr(router, "e_score_correction_bias", None)
+    scores = logits.detach().softmax(-1) if bias is None else logits.detach().sigmoid() + bias
+    groups, kept = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1
+    margin = float("inf")
+    if kept < groups:
+        members = scores.view(-1, groups, scores.shape[-1] // groups)
+        worth = members.topk(1 if bias is None else 2, dim=-1).values.sum(-1)
+        order = worth.sort(dim=-1, descending=True)
+        margin = float((order.values[:, kept - 1] - order.values[:, kept]).min())
+        scores = members.gather(1, order.indices[:, :kept, None].expand(-1, -1, members.shape[-1])).flatten(1)
+    best = scores.topk(router.top_k + 1, dim=-1).values
+    return min(margin, float((best[..., -2] - best[..., -1]).min()))

@@ -105,7 +105,8 @@ def test_loss_gradients_and_six_steps(
 def logical_gradients(imported: Imported) -> dict[str, torch.Tensor]:
     """transformers' gradients under megads' names."""
     model = imported.config.model
-    parameters = declared(describe(model, vocab=1, sequence_length=SEQ))
+    stored = declared(describe(model, vocab=1, sequence_length=SEQ))
+    parameters = {name: spec for name, spec in stored.items() if not name.endswith("router.bias")}
     theirs = imported.judged.gradients
     found = {name: torch.zeros(spec.shape) for name, spec in parameters.items()}
     entries = match(HUGGING_FACE[model.family].rows, parameters, present=theirs)
@@ -128,6 +129,8 @@ def train(imported: Imported, degrees: dict[str, int], monkeypatch: pytest.Monke
             for parameter in model.parameters:
                 for piece in pieces(parameter, parameter.detach().view(-1), kind="model"):
                     piece.tensor.copy_(imported.weights[piece.name.removeprefix("model/")][piece.box.slices])
+            for piece in model.kept:
+                piece.tensor.copy_(imported.weights[piece.name.removeprefix("model/")])
         return model
 
     def work(rank: int, size: int) -> outcome.RankResult:
