@@ -34,13 +34,17 @@ CHUNK = 2**22
 
 
 class _Lane:
-    """Buffers on the device for the state of one chunk, and when they are free."""
+    """Buffers on the device for the state of one chunk, and when they are free.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, narrow: torch.dtype) -> None:
-        self.wide = [torch.empty(CHUNK, dtype=dtype, device=device) for _ in range(3)]
-        self.narrow = (
-            [torch.empty(CHUNK, dtype=narrow, device=device) for _ in range(2)] if narrow != dtype else []
-        )
+    Args:
+        size: elements.
+        narrow: dtype in which moments are kept.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, narrow: torch.dtype, size: int) -> None:
+        self.wide = [torch.empty(size, dtype=dtype, device=device) for _ in range(3)]
+        num_narrow = 0 if narrow == dtype else 2
+        self.narrow = [torch.empty(size, dtype=narrow, device=device) for _ in range(num_narrow)]
         self.is_free: torch.cuda.Event | None = None
 
 
@@ -102,8 +106,10 @@ class StagedAdamW:
             for gradient in self._gradients:  # the kernel takes a factor in float32 alone
                 gradient.mul_(factor)
         found_inf = (~finite).float()
+        size = min(CHUNK, max(gradient.numel() for gradient in self._gradients))
         lanes = [
-            _Lane(self._device, self._dtype, self._narrow) for _ in range(2 if self._config.offload else 1)
+            _Lane(self._device, self._dtype, narrow=self._narrow, size=size)
+            for _ in range(2 if self._config.offload else 1)
         ]
         if self._up is not None and self._down is not None:
             self._up.wait_stream(self._down)  # state of the step before is down

@@ -1,16 +1,26 @@
-"""The native engine: flat buckets, ZeRO stage 0 and 1 (Rajbhandari et al. 2020, section 5.1).
+"""The native engine: flat buckets, ZeRO stage 0 to 2 (Rajbhandari et al. 2020, section 5).
 
     stage 0   all-reduce gradients      every data-parallel rank updates the whole bucket
     stage 1   reduce-scatter gradients  each updates its slice, keeps state for it alone, and gathers weights
+    stage 2   the same, several times   and keeps its slice of the gradients alone
 
-Both do the same arithmetic on the same flat memory; stage 0 is a slice that is the whole. Reductions start inside
-the step's last backward; the gathering of stage 1 goes on into the next forward, where each module waits for its own
-weights.
-The update is torch's fused AdamW (or SGD), which skips the step on the device when a gradient was not finite.
+All do the same arithmetic on the same flat memory; stage 0 is a slice that is the whole. Reductions start inside the
+backward; the gathering of weights goes on into the next forward, where each module waits for its own.
+
+What a rank sends in a step, for P parameters on it, n data-parallel ranks and M micro-batches (4 bytes a gradient, 2
+with `reduce_dtype` bf16; weights in their own dtype); n is `shard_size` if that is given, and the r replicas of a slice
+then send 2 x (r - 1) / r x P / n gradients besides, once a step:
+
+    stage 0   2 x (n - 1) / n x P gradients
+    stage 1   (n - 1) / n x P gradients, as many weights
+    stage 2   ceil(M / reduce_every) x (n - 1) / n x P gradients, (n - 1) / n x P weights
+
+What updates masters is in `update.py`, `staged.py` (state in the host's memory, moments in bfloat16) and `muon.py`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -33,6 +43,8 @@ from megads.parallel.mesh import Group, Mesh
 from megads.parallel.parameter import Piece, parameter_table
 from megads.parallel.reducer import Reducer
 from megads.parallel.tally import TallyTable
+
+_log = logging.getLogger("megads.optim")
 
 
 class NativeEngine:
@@ -72,8 +84,27 @@ class NativeEngine:
             update.start()
         self._scale = LossScale(mesh.device, config)
         self._gathering: dict[int, Pending] = {}
+        _log.info("%s", self._cost())
         for module in {m for blocks in stages.values() for m in blocks.modules()}:
             self._wait_before(module)
+
+    def _cost(self) -> str:
+        """What the start of a run says of memory and communication."""
+        config, groups = self._config, {bucket.group.size for bucket in self._all}
+        sizes = " or ".join(map(str, sorted(groups))) or "1"
+        num_bytes = sum(bucket.sum.numel() * bucket.sum.element_size() for bucket in self._all)
+        kept = f"{num_bytes / 2**30:.2f} GiB of gradients stay on this rank"
+        if config.zero_stage == 0:
+            said = f"native ZeRO-0: {kept}, and are all-reduced once a step"
+        elif config.zero_stage == 1:
+            said = f"native ZeRO-1 over {sizes} ranks: gradients are whole on each, and reduce-scattered once a step"
+        else:
+            said = (
+                f"native ZeRO-2 over {sizes} ranks: {kept}; they are reduce-scattered in {config.reduce_dtype} "
+                f"once each {config.reduce_every} micro-batches, each time as many bytes as ZeRO-1 sends in a step"
+            )
+        where = "; masters and moments lie in the host's memory" if config.offload else ""
+        return f"{said}; moments in {config.moment_dtype}{where}"
 
     @property
     def loss_scale(self) -> Tensor:

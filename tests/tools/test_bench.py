@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
         ("step", ("tiny-gpt bf16", "tiny-llama fp32", "plain", "tokens/s", "MFU causal/full %")),
         ("experts", ("tiny   y grouped_mm", "dW loop", "layer loop", "tok/s", "of peak")),
         ("context", ("256 x 4/2 x 8", "blocks of 4", "of ideal")),
+        ("small_gpu", ("plain, no limit", "bf16 moments", "offload, cheap recompute", "1.00x", "gpt2-1.3b-24gb.yaml")),
         ("memory", ("tiny-llama", "norm, activation", "full recompute saves", "the claim: about 65%")),
         ("generate", ("tiny", "tiny-latent", "64+8", "tok/s without", "speed-up", "4/4")),
         ("precision", ("tiny-gpt: 4 rows of 16", "fp32", "bf16", "1.00x", "0.00%", "bar 2.3x")),
