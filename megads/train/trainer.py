@@ -274,7 +274,8 @@ class Trainer:
         record = self._meter.record(Done(pending.step, pending.lr, seconds, loss, norm, result), history)
         if self._is_due(pending.step, self._config.log.validate_every):
             losses = self._watch.validate(self._executors.evaluate)
-            if _is_multiple(pending.step, self._config.log.validate_every):  # not because this start ends here
+            # one that is due because this start ends here does not count: a run that never stops has none
+            if _is_multiple(pending.step, self._config.log.validate_every):
                 self._held.pace.observe(tuple(losses.values()), step=pending.step)
             record |= losses
         self._report.step(record, is_shown=self._is_due(pending.step, self._config.log.every))
