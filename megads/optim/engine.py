@@ -1,4 +1,4 @@
-"""What an optimizer engine promises the trainer. Engines: `zero.py` (native, the reference), `deepspeed_zero.py`."""
+"""What an optimizer engine promises the trainer. Engines: `zero.py` (native, the reference), `deepspeed_engine.py`."""
 
 from __future__ import annotations
 
