@@ -32,6 +32,7 @@ GLOBAL_BATCH = 12
 SEQ = 12
 
 EXPERTS = {"experts": 4, "experts_per_token": 2, "expert_ffn": 12, "init_std": 0.1}
+LATENTS = {"kv_heads": None, "q_lora": 10, "kv_lora": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 6}
 PIPELINE = {"parallel.pipeline": 2}
 AXES: dict[str, dict[str, dict[str, Any]]] = {
     "tensor": {"1": {}, "2": {"parallel.tensor": 2}},
@@ -82,6 +83,25 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
             "model.balance": "bias",
             "model.shared_experts": 1,
             "model.dense_layers": 1,
+        },
+        "qwen_moe": {
+            **{f"model.{k}": v for k, v in EXPERTS.items()},
+            "model.family": "qwen3_moe",
+            "model.head_dim": 4,
+            "model.dense_layers": (1,),
+            "model.balance": "global",
+            "model.mtp_layers": 2,
+        },
+        "deepseek": {
+            **{f"model.{k}": v for k, v in (EXPERTS | LATENTS).items()},
+            "model.family": "deepseek_v3",
+            "model.router": "sigmoid",
+            "model.expert_groups": 2,
+            "model.balance": "bias",
+            "model.balance_weight": 0.01,
+            "model.shared_experts": 1,
+            "model.dense_layers": 1,
+            "model.mtp_layers": 1,
         },
     },
     "tied": {"yes": {"model.tied": True}, "no": {"model.tied": False}},

@@ -33,14 +33,7 @@ MOST_REPLAYED = 1e-3  # of all choices of experts
 # Settings that no config may have together, by the rule that refuses them.
 ILLEGAL: tuple[tuple[str, dict[str, set[str]], dict[str, set[str]]], ...] = (
     ("pieces_need_sequence", {"tensor": {"1"}}, {"sequence": {"pieces"}}),
-    ("engine_has_stage", {"engine": {"native"}}, {"zero": {"2"}}),
-    ("engine_has_stage", {"engine": {"deepspeed"}}, {"zero": {"0"}}),
-    ("experts_have_engine", {"engine": {"deepspeed"}, "zero": {"2"}}, {"model": {"moe", "moe_bias"}}),
-    (
-        "experts_have_engine",
-        {"engine": {"deepspeed"}, "zero": {"2"}},
-        {"expert": {"2"}, "expert_tensor": {"1", "2"}},
-    ),
+    ("experts_have_engine", {"engine": {"deepspeed"}}, {"expert": {"2"}}),
     (
         "expert_keys_have_experts",
         {"expert": {"2"}, "expert_tensor": {"1", "2"}},
