@@ -81,6 +81,23 @@ def test_experts_split_context_and_data() -> None:
     assert other.groups("ep") == (tuple(range(8)),)
 
 
+def test_shards_are_blocks_of_neighbours() -> None:
+    layout = Layout(tensor=2, data=4, pipeline=2, shard=2, expert=4, expert_tensor=1)
+    assert layout.groups("dp_cp_shard")[:4] == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert layout.groups("dp_cp_replica")[:4] == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert layout.groups("edp")[:4] == ((0, 4), (1, 5), (2, 6), (3, 7))  # a block holds all experts once
+    assert set(map(len, layout.groups("edp_shard"))) == {1}
+    assert layout.groups("edp_replica") == layout.groups("edp")
+    whole = Layout(tensor=2, data=4, pipeline=2, expert=2)
+    assert whole.groups("dp_cp_shard") == whole.groups("dp_cp")
+    assert whole.groups("edp_shard") == whole.groups("edp")
+    assert set(map(len, (*whole.groups("dp_cp_replica"), *whole.groups("edp_replica")))) == {1}
+    with pytest.raises(LayoutError, match="3 of 1 x 4 ranks"):
+        Layout(data=4, shard=3)
+    with pytest.raises(LayoutError, match="experts in 3 x 1"):
+        Layout(data=6, shard=2, expert=3)
+
+
 @pytest.mark.parametrize(
     "name", [f.name for f in fields(Layout) if f.name not in ("expert_tensor", "placement")]
 )

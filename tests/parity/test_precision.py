@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from megads.assemble.step import train_step
 from megads.assemble.wiring import build_engine, build_executors, build_model, layout_of
+from megads.config.loss_scale import LossScaleConfig
 from megads.config.optim import OptimConfig
 from megads.optim.precision import LossScale
 from megads.parallel.mesh import build_mesh
@@ -67,11 +69,17 @@ def test_low_precision_weights_are_rounded_masters() -> None:
     assert len(moved) == len(outcome.final)
 
 
-def test_scale_follows_grad_scaler_and_all_ranks_agree() -> None:
+@pytest.mark.parametrize(
+    "case",
+    [Case(tensor=2, pipeline=2, micro=4), Case(data=2, pipeline=2, micro=2, zero=2, bucket=3000)],
+    ids=str,
+)
+def test_scale_follows_grad_scaler_and_all_ranks_agree(case: Case) -> None:
     """inf in one gradient of one rank of one stage: every rank skips, and the scale goes as torch's GradScaler."""
-    bad_steps = {2, 3, 6}
-    case = Case(tensor=2, pipeline=2, micro=4)
-    config = make_config(LLAMA, case, precision="fp16")
+    bad_steps = {4, 7}
+    config = make_config(
+        LLAMA, replace(case, optim={"loss_scale": LossScaleConfig(interval=2)}), precision="fp16"
+    )
 
     def work(rank: int, size: int) -> Any:
         mesh = build_mesh(layout_of(config, size), rank)
@@ -84,7 +92,7 @@ def test_scale_follows_grad_scaler_and_all_ranks_agree() -> None:
                 target = model.parameters[0]
                 hook = target.register_hook(lambda g: torch.full_like(g, float("inf")))
             before = [p.tensor.clone() for p in engine.state()]
-            batch = make_batch(step).rows(0, GLOBAL_BATCH)
+            batch = make_batch(step).rows(0, GLOBAL_BATCH // case.data)
             result = train_step(batch, executor=executor, engine=engine, mesh=mesh, lr=1e-3)
             if rank == 3 and step in bad_steps:
                 hook.remove()
@@ -96,12 +104,14 @@ def test_scale_follows_grad_scaler_and_all_ranks_agree() -> None:
     assert all(trace == traces[0] for trace in traces)
     assert [not finite for _, finite, _ in traces[0]] == [step in bad_steps for step in range(1, 8)]
     assert [still for _, _, still in traces[0]] == [step in bad_steps for step in range(1, 8)]
-    assert [scale for scale, _, _ in traces[0]] == _grad_scaler_trace([s in bad_steps for s in range(1, 8)])
+    scales = [scale for scale, _, _ in traces[0]]
+    assert scales[:4] == [65536.0, 131072.0, 131072.0, 65536.0]
+    assert scales == _grad_scaler_trace([s in bad_steps for s in range(1, 8)])
 
 
 def _grad_scaler_trace(is_bad: list[bool]) -> list[float]:
     """The scale after each step of torch's own scaler."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=2000)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=2)
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.0)
     trace = []
