@@ -94,7 +94,7 @@ class Model:
     tied: bool | None = None
     dropout: float = 0.0
     layers: int = 3  # not divisible by the stages
-    kv_heads: int = 4  # of llama
+    kv_heads: int = 4  # of llama and qwen
     seq: int = SEQ
     documents: bool = False  # attention stays inside of them, positions restart
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Model:
 
 
 def make_config(model: Model, case: Case, *, precision: str) -> Config:
-    llama = model.family == "llama"
+    has_groups = model.family in ("llama", "qwen2", "qwen3", "qwen3_moe")
     return Config(
         run=RunConfig(steps=100, seed=7),
         model=ModelConfig(
@@ -110,7 +110,7 @@ def make_config(model: Model, case: Case, *, precision: str) -> Config:
             layers=model.layers,
             hidden=64,
             heads=8,
-            kv_heads=model.kv_heads if llama else None,
+            kv_heads=model.kv_heads if has_groups else None,
             ffn=48,
             vocab=VOCAB,
             tied=model.tied,
