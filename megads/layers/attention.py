@@ -126,7 +126,7 @@ class SelfAttention(Cached):
             q, k = (rotary(x, angles, rope=self._rope) for x in (q, k))
             v = v.contiguous()  # as a part of `fused` it would keep q and k as they were before
         if self.cache is not None:
-            attended = self.cache.attend(self, q, pair=(k, v), scale=self._scale)
+            attended = self.cache.attend(self, q=q, pair=(k, v), scale=self._scale)
         else:
             attended = context_attention(
                 q,
