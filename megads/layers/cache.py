@@ -68,7 +68,7 @@ class Cache:
         return tuple(kept[..., :stop, :] for kept in self._kept[id(layer)])
 
     def attend(
-        self, layer: torch.nn.Module, q: Tensor, pair: tuple[Tensor, Tensor], *, scale: float
+        self, layer: torch.nn.Module, *, q: Tensor, pair: tuple[Tensor, Tensor], scale: float
     ) -> Tensor:
         """Causal attention of the step's queries to all columns so far.
 
