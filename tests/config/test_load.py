@@ -104,7 +104,7 @@ WRONG_KEYS = {
     "number for a truth value": ("heads: 2", "heads: 2\n  tied: 1", ":8: model.tied: found 1"),
     "number for text": ("tokenizer: t.model", "tokenizer: 3", ":12: data.tokenizer: found 3 (allowed: non-empty text)"),
     "empty text": ("tokenizer: t.model", 'tokenizer: ""', ':12: data.tokenizer: found "" (allowed: non-empty text)'),
-    "bad choice": ("family: gpt", "family: gptt", ':4: model.family: found "gptt" (allowed: gpt | llama)'),
+    "bad choice": ("family: gpt", "family: gptt", ':4: model.family: found "gptt" (allowed: gpt | llama | qwen2 | '),
     "list too short": ("lr: 3e-4", "lr: 3e-4\n  betas: [0.9]", "optim.betas"),
     "list too long": ("lr: 3e-4", "lr: 3e-4\n  betas: [0.9, 0.9, 0.9]", ":16: optim.betas: found [0.9, 0.9, 0.9] (allowed: a list of 2"),
     "item out of range": ("lr: 3e-4", "lr: 3e-4\n  betas: [0.9, 1.5]", ":16: optim.betas[1]: found 1.5"),
