@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from megads.checkpoint.load import load
+from megads.checkpoint.save import save
 from megads.optim import staged
 from megads.optim.rounding import round_at_random_
+from megads.parallel.control import Control
 from tests.optim.test_zero import CONFIG, gradients, make, run
 
 FP32 = replace(CONFIG, precision="fp32", zero_stage=2)
@@ -116,3 +120,19 @@ def test_low_precision_weights_are_torchs_masters_rounded(options: dict[str, obj
     assert torch.equal(toy.matrix, masters[0].bfloat16()) or torch.allclose(
         toy.matrix.float(), masters[0], rtol=2**-8
     )
+
+
+@pytest.mark.parametrize(("first", "second"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_moments_load_in_the_other_dtype(first: str, second: str, tmp_path: Path) -> None:
+    """Widened exactly, or rounded to nearest; masters as they are."""
+    toy, engine = make(replace(FP32, moment_dtype=first))  # type: ignore[arg-type]
+    run(toy, engine, range(1, 3))
+    control = Control(0, 1)
+    path = save(tmp_path, 2, pieces=engine.state(), objects={}, control=control)
+    other, fresh = make(replace(FP32, moment_dtype=second, offload=True))  # type: ignore[arg-type]
+    load(path, fresh.targets(), control=control)
+    fresh.load_scalars(engine.scalars())
+    assert torch.equal(other.matrix, toy.matrix)
+    for saved, loaded in zip(engine.state(), fresh.state(), strict=True):
+        assert saved.name == loaded.name
+        assert torch.equal(loaded.tensor, saved.tensor.to(loaded.tensor.dtype))
