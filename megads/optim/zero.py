@@ -168,10 +168,8 @@ class NativeEngine:
         """
         for number in reversed(range(len(self._all))):  # the next forward asks for the last buckets first
             bucket, master = self._all[number], self._shares[number].master
-            if not is_written and (master.dtype, master.device) != (
-                bucket.values.dtype,
-                bucket.values.device,
-            ):
+            is_copy = self._config.offload or master.dtype != bucket.values.dtype
+            if is_copy and not is_written:
                 bucket.held(bucket.values).copy_(master.to(bucket.values.device))
             if self._reduction.is_sharded:
                 self._gathering[number] = start_all_gather(bucket.values, bucket.group)
