@@ -11,6 +11,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from megads.config.keys import REQUIRED, Key, all_keys, section_keys
 from megads.errors import ConfigError
@@ -64,4 +65,4 @@ def _describe(key: Key) -> Iterator[str]:
 
 
 def _default(key: Key) -> str:
-    return REQUIRED if key.default == REQUIRED else json.dumps(key.default)
+    return REQUIRED if key.default == REQUIRED else json.dumps(key.default, default=asdict)
