@@ -85,7 +85,7 @@ def test_a_dead_rank_ends_with_1(
 ) -> None:
     step = NativeEngine.step
 
-    def die(self: NativeEngine, *, lr: float) -> Any:
+    def die(self: NativeEngine, *, lr: float, guard: Any = None) -> Any:
         if self._mesh.rank == 1:
             os._exit(9)
         return step(self, lr=lr)
