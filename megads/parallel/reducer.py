@@ -16,8 +16,9 @@ the backward is writing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from weakref import WeakMethod, ref
 
 from torch import Tensor
 
@@ -50,13 +51,14 @@ class Reducer:
         for number, bucket in enumerate(self._passing):
             for place in bucket.places:
                 self._number_of[id(place.parameter)] = number
+                # hooks are kept where the garbage collector does not look: a strong reference would keep all for ever
                 place.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(self._complete, number)
+                    partial(_call, WeakMethod(self._complete), number)
                 )
         for bucket in self._buckets if self._is_brief else ():
             for place in bucket.places:
                 place.parameter.open_gradient = bucket.open
-                place.parameter.register_hook(partial(_open, bucket))  # type: ignore[no-untyped-call]
+                place.parameter.register_hook(partial(_open, ref(bucket)))  # type: ignore[no-untyped-call]
 
     def zero(self) -> None:
         """Begin a step."""
@@ -126,7 +128,15 @@ class Reducer:
             bucket.finish()
 
 
-def _open(bucket: Bucket, gradient: Tensor | None) -> None:
+def _call(method: WeakMethod[Callable[[int, Tensor], None]], number: int, parameter: Tensor) -> None:
+    """Call the method, if its object is still there."""
+    found = method()
+    if found is not None:
+        found(number, parameter)
+
+
+def _open(bucket: ref[Bucket], gradient: Tensor | None) -> None:
     """A parameter's gradient is about to be added to its `.grad`; None: its weight-gradient work does that itself."""
-    if gradient is not None:
-        bucket.open()
+    found = bucket()
+    if gradient is not None and found is not None:
+        found.open()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -33,6 +35,17 @@ def make(config: OptimConfig) -> tuple[Toy, NativeEngine]:
     for parameter in parameter_table([toy]):
         fill(parameter, seed=1)
     return toy, NativeEngine({0: torch.nn.ModuleList([toy])}, mesh, config=config)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_an_engine_that_is_dropped_leaves_no_memory_behind(zero_stage: int) -> None:
+    """Hooks of parameters must not keep their buckets: several models may be built one after the other."""
+    toy, engine = make(replace(CONFIG, zero_stage=zero_stage))
+    run(toy, engine, range(1, 3))
+    weights = weakref.ref(engine.shares()[0].bucket)
+    del toy, engine
+    gc.collect()
+    assert weights() is None
 
 
 def gradients(step: int) -> tuple[torch.Tensor, torch.Tensor]:

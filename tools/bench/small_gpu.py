@@ -136,7 +136,8 @@ def limited(config: Config, *, device: torch.device, repeats: int, limit: float 
         return measure(config, device=device, repeats=repeats)
     total = torch.cuda.get_device_properties(device).total_memory
     fraction = 1.0 if limit is None else limit * 2**30 / total
-    torch.cuda.set_per_process_memory_fraction(min(1.0, fraction), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
+    release(device)  # of the row before, which would count
     with CardWatch(device.index or 0).watching() as watch:
         result = measure(config, device=device, repeats=repeats)
     return replace(result, card=watch.peak)
