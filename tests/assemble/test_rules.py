@@ -27,12 +27,17 @@ RANKS = {
     "quickstart-moe": 4,
     "gpt2-124m": 8,
     "llama-1b": 8,
+    "llama-8b": 64,
     "llama-3.1-8b": 64,
+    "quickstart-deepseek": 8,
     "llama-3.1-70b": 512,
     "llama-3.1-405b": 16384,
     "qwen3-8b": 64,
     "qwen3-30b-a3b": 64,
     "mixtral-8x7b": 64,
+    "deepseek-v2-lite": 64,
+    "deepseek-v3": 2048,
+    "gpt2-1.3b-24gb": 1,
 }
 
 BASE = """\
@@ -240,7 +245,7 @@ def test_every_config_fits_its_ranks(path: Path) -> None:
     config: Config = load(path)
     check(config, RANKS[path.stem])
     with pytest.raises(ConfigError, match=r"batch\.global|parallel\.tensor"):
-        check(config, 7 * RANKS[path.stem] + 1)
+        check(config, 11 * RANKS[path.stem])
 
 
 # ranks of this host, of how many -> tensor degree -> the group that crosses, None: none does

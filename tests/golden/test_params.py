@@ -28,6 +28,7 @@ VOCAB = 4096  # ids of the quickstart's tokenizer, for configs that take the tok
 # What the makers of the models, or Hugging Face's weights, say.
 KNOWN = {
     "gpt2-124m": 124_439_808,
+    "llama-8b": 8_030_261_248,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.1-405b": 405_853_388_800,
