@@ -22,6 +22,7 @@ from megads.errors import CheckpointError
 from megads.model.hugging_face import refuse_width
 
 TransformerImpl = Literal["transformer_engine", "local"]
+FAMILIES = ("gpt", "llama")
 HEAD_COPY = ("output_layer.weight", "word_embeddings_for_head.weight")
 """What the last stage calls its copy of a tied embedding."""
 
@@ -250,6 +251,12 @@ def args_of(model: ModelConfig, *, sequence_length: int) -> dict[str, Any]:
         CheckpointError: a model scaled by muP.
     """
     refuse_width(model)
+    if model.family not in FAMILIES:
+        raise CheckpointError(
+            "the table of Megatron's args leaves out this family",
+            found=f"model.family {model.family}",
+            allowed=", ".join(FAMILIES),
+        )
     is_llama = model.family == "llama"
     return {
         "num_layers": model.layers,
