@@ -1,4 +1,4 @@
-"""Convert a checkpoint: `python tools/convert_checkpoint.py SRC DST --to hf|megads`.
+"""Convert a checkpoint: `python tools/convert_checkpoint.py SRC DST --to megads|hf|megatron|deepspeed`.
 
 The work is in megads/assemble/convert.py.
 """
