@@ -131,8 +131,8 @@ def source(tmp_path: Path, hf_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) 
     ("values", "told"),
     [
         ({"model_type": "mamba"}, "mamba"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"head_dim": 16}, "misshapen"),
