@@ -35,6 +35,11 @@ from megads.parallel.control import Control
 from megads.parallel.parameter import Piece
 from megads.parallel.shard import Box
 
+FP8_NOT_COMPARED = (
+    "FP8 weights times their scales, every bit read back; no logits were compared, as transformers computes in FP8: "
+    "--to hf exports the result and compares it"
+)
+
 
 def import_checkpoint(
     origin: Origin, target: Path, *, weights: str = "model", store: Store | None = None
@@ -78,8 +83,9 @@ def import_checkpoint(
         proofs = prove(pairs_of(tensors, written))
         comparison = None
         if origin.format == "hf":
-            comparison = _comparison(origin, written, file)
-            notes = notes if comparison is not None else (*notes, NOT_COMPARED)
+            reason = _not_compared(origin)
+            comparison = _comparison(origin, written, file) if reason is None else None
+            notes = notes if reason is None else (*notes, reason)
         report = Report(origin, "megads", proofs, comparison, notes)
         report.write(directory, store=store)
     return report
@@ -131,10 +137,15 @@ class LazyPieces(Sequence[Piece]):
         return Piece(name, values.shape, Box.whole(values.shape), values.whole())
 
 
-def _comparison(origin: Origin, written: Mapping[str, Values], file: Path | None) -> Comparison | None:
+def _not_compared(origin: Origin) -> str | None:
+    """Why transformers is not asked about the model in `origin`; None: it is."""
+    if hf.Weights(origin.path).has_fp8:
+        return FP8_NOT_COMPARED
+    return None if hf.has_transformers() else NOT_COMPARED
+
+
+def _comparison(origin: Origin, written: Mapping[str, Values], file: Path | None) -> Comparison:
     """Logits of the model in `origin` by transformers against those of the step that was written."""
-    if not hf.has_transformers():
-        return None
     spec = origin.spec
     ids = list(range(spec.vocab)) if file is None else open_tokenizer(file).encode_batch([SAMPLE])[0].tolist()
     return compare(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megads.checkpoint.fp8_blocks import SCALE_SUFFIX, Quantised, dequantise, scale_shape
 from megads.checkpoint.hf_names import Entry, grouped, pattern
 from megads.checkpoint.store import Buffer, Store, write_file
 from megads.errors import CheckpointError
@@ -30,7 +31,8 @@ MAX_INDEX_BYTES = 1 << 28
 FORMAT_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 )
-"""Name of a dtype in a safetensors file -> the dtype; only these hold weights."""
+"""Name of a dtype in a safetensors file -> the dtype; only these hold weights, and FP8 where it has scales."""
+FP8 = "F8_E4M3"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 
@@ -108,12 +110,16 @@ def _file_blocks(entries: Sequence[Entry], values: Iterator[Tensor], dtype: torc
 class Weights:
     """The tensors of a directory's safetensors files, lazily: memory-mapped, so that only what is used is read.
 
+    FP8 weights with scales of their blocks (fp8_blocks.py) are one tensor of fp32 here; the scales have no name.
+
     Attributes:
         shapes: Hugging Face name -> shape.
-        dtypes: Hugging Face name -> dtype as the file names it, e.g. `F32`.
+        dtypes: Hugging Face name -> dtype of its values as a file names it, e.g. `F32`.
+        has_fp8: whether some are stored in FP8.
 
     Raises:
-        CheckpointError: no safetensors there, a file that is damaged or is not where the index says.
+        CheckpointError: no safetensors there, a file that is damaged or is not where the index says, scales that do
+            not fit.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -122,11 +128,35 @@ class Weights:
         self.dtypes: dict[str, str] = {}
         for file, names in _files(directory).items():
             self._open(directory / file, names)
+        stored = [n for n, kind in self.dtypes.items() if kind == FP8 and n + SCALE_SUFFIX in self.shapes]
+        self._quantised = frozenset(stored)
+        self.has_fp8 = bool(stored)
+        for name in stored:
+            self._join(name)
 
     def tensor(self, name: str) -> Tensor:
         """The values of a tensor."""
+        values = self._stored(name)
+        if name not in self._quantised:
+            return values
+        return dequantise(Quantised(values, self._stored(name + SCALE_SUFFIX)))
+
+    def _stored(self, name: str) -> Tensor:
         values: Tensor = self._places[name].get_tensor(name)
         return values
+
+    def _join(self, name: str) -> None:
+        """Make one tensor of FP8 weights and their scales."""
+        scales = name + SCALE_SUFFIX
+        found, kind = self.shapes.pop(scales), self.dtypes.pop(scales)
+        wanted = scale_shape(self.shapes[name])
+        if len(wanted) != 2 or found != wanted or kind not in FORMAT_DTYPES:
+            raise CheckpointError(
+                f"{scales}: not the scales of FP8 weights {self.shapes[name]}",
+                found=f"{kind} {found}",
+                allowed=f"F32 {wanted}, one for each block of 128 x 128 of a matrix",
+            )
+        self.dtypes[name] = "F32"
 
     def _open(self, file: Path, names: frozenset[str] | None) -> None:
         import safetensors

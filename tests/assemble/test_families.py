@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from megads.assemble.export_hf import export_hf
+from megads.assemble.import_checkpoint import import_checkpoint
 from megads.assemble.import_hf import open_hf
 from megads.assemble.origin import Hints, Origin
 from megads.checkpoint import hf
+from megads.checkpoint.fp8_blocks import Quantised, dequantise, quantise
 from megads.errors import CheckpointError, MegadsError
 from megads.model.catalog import HUGGING_FACE
 from tests.model.families import CASES, FamilyCase
@@ -131,3 +133,42 @@ def test_what_hugging_face_has_no_name_for_is_refused(
     model = replace(open_hf(source, Hints()).model, **change)
     with pytest.raises(CheckpointError, match=told):
         HUGGING_FACE[model.family].to_config(model)
+
+
+def in_fp8(directory: Path, *, cut_scales: bool = False) -> dict[str, torch.Tensor]:
+    """Store the projections of a model as DeepSeek publishes them; returns what all its tensors are then worth."""
+    import safetensors.torch
+
+    file = directory / hf.SINGLE_NAME
+    stored, worth = {}, {}
+    for name, values in safetensors.torch.load_file(file).items():
+        stored[name] = worth[name] = values
+        if "_proj" in name and name.endswith(".weight"):
+            made = quantise(values, kind="float")
+            scales = made.scales[:, :1] if cut_scales else made.scales
+            stored |= {name: made.values, f"{name}_scale_inv": scales.contiguous()}
+            worth[name] = dequantise(Quantised(made.values, made.scales))
+    safetensors.torch.save_file(stored, file, metadata={"format": "pt"})
+    edit(directory, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    return worth
+
+
+def test_fp8_weights_come_in_times_their_scales(tmp_path: Path) -> None:
+    v3 = next(case for case in CASES if case.name == "deepseek_v3")
+    wide = replace(v3, changes={**v3.changes, "hidden_size": 136, "num_hidden_layers": 2})
+    worth = in_fp8(saved(wide, tmp_path / "source"))
+    origin = open_hf(tmp_path / "source", Hints())
+    report = import_checkpoint(origin, tmp_path / "run")
+    assert report.comparison is None and any("FP8" in note for note in report.notes)
+    assert export_hf(origin, tmp_path / "out").comparison is not None
+    after = hf.Weights(tmp_path / "out")
+    assert after.shapes.keys() == worth.keys()
+    assert all(torch.equal(after.tensor(name), values.float()) for name, values in worth.items())
+
+
+def test_fp8_weights_without_their_scales_are_refused(tmp_path: Path) -> None:
+    v3 = next(case for case in CASES if case.name == "deepseek_v3")
+    wide = replace(v3, changes={**v3.changes, "hidden_size": 136, "num_hidden_layers": 2})
+    in_fp8(saved(wide, tmp_path / "source"), cut_scales=True)
+    with pytest.raises(CheckpointError, match=r"_scale_inv: not the scales of FP8 weights"):
+        open_hf(tmp_path / "source", Hints())
