@@ -62,6 +62,8 @@ class MTPBlock(torch.nn.Module):
         recomputes: whether what stands before the layer runs again in the backward.
     """
 
+    uses_previous = True  # the head's weight
+
     def __init__(
         self, scope: Scope, spec: DecoderSpec, *, depth: int, trunk: Trunk, recomputes: bool
     ) -> None:

@@ -11,6 +11,7 @@ which is what the layers left in the `WeightQueue`; either way the same work run
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -86,12 +87,20 @@ class _Saved:
     extras: tuple[Extra, ...]
 
 
+def _parts(blocks: tuple[torch.nn.Module, ...]) -> tuple[tuple[torch.nn.Module, ...], ...]:
+    """The blocks of each step."""
+    starts = [n for n, block in enumerate(blocks) if n == 0 or not getattr(block, "uses_previous", False)]
+    return tuple(blocks[start:stop] for start, stop in itertools.pairwise([*starts, len(blocks)]))
+
+
 class Stage:
     """Blocks `blocks` as stage number `number`; the first stage gets an empty payload, the last returns one.
 
     Args:
         queue: where the blocks' layers put their weight gradients.
-        in_steps: cut the graph between blocks, so that `*_steps` stop after each one; else they are one step.
+        in_steps: cut the graph between blocks, so that `*_steps` stop after each one; else they are one step. A block
+            whose `uses_previous` is true adds to weights of the block before it, and is one step with it: cut apart,
+            the gradients of these weights would be called complete, and be on their way, after the first of two parts.
     """
 
     def __init__(
@@ -99,7 +108,7 @@ class Stage:
     ) -> None:
         self.number = number
         self.blocks = tuple(blocks)
-        self._parts = tuple((block,) for block in blocks) if in_steps else (self.blocks,)
+        self._parts = _parts(self.blocks) if in_steps else (self.blocks,)
         self._queue = queue
         self._saved: dict[int, list[_Saved]] = {}
         self._live: set[int] = set()

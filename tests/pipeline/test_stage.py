@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from megads.assemble.wiring import build_model
 from megads.parallel.layout import Layout
 from megads.parallel.mesh import build_mesh
 from megads.pipeline.stage import Stage
+from megads.verify.batch import synthetic_batch
 from tests.parity.harness import VOCAB, Case, Model, make_batch, make_config
 
 LAYERS = 3
@@ -119,3 +121,30 @@ def test_products_of_the_forward_are_not_computed_again(
     early = 0 if loss_chunk is None else 1  # the head's two products run in the forward
     forward, inputs, weights = LINEARS + 2 * early, LINEARS - early + again, LINEARS - early
     assert counts == [forward, inputs, weights, forward, inputs + weights]
+
+
+def test_a_weight_of_two_blocks_is_complete_once() -> None:
+    """Head and multi-token prediction add to the same weight: reduced after one part, the other is missed."""
+    config = make_config(Model("llama", overrides={"mtp_layers": 2}), Case(micro=4), precision="fp64")
+    model = build_model(config, build_mesh(Layout(), 0), vocab=VOCAB)
+    stage = Stage(0, list(model.stages[0]), queue=model.queue, in_steps=True)
+    calls: dict[str, int] = {}
+    for parameter in model.parameters:
+        name = parameter.logical_name
+        calls[name] = 0
+        parameter.register_post_accumulate_grad_hook(
+            lambda _, name=name: calls.update({name: calls[name] + 1})
+        )
+    stage.forward((), synthetic_batch(config, 1).rows(0, 4), micro_batch=0)
+    weights = {"mtp_loss": torch.tensor(0.003, dtype=torch.float64), **seeds()}
+    num_steps = 0
+    steps = stage.backward_steps((), weights, micro_batch=0)
+    with contextlib.suppress(StopIteration):
+        while True:
+            next(steps)
+            num_steps += 1
+    assert num_steps == 1 + config.model.layers + 1  # embedding, layers, head with what follows
+    repeated = {name for name, count in calls.items() if count != 1}
+    assert repeated == {"embedding.word.weight"}, (
+        "a tied weight waits for the end of the step, any other does not"
+    )
