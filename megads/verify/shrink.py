@@ -52,9 +52,16 @@ def _small(config: Config, model: ModelConfig, length: int, *, has_micro: bool) 
         config,
         model=model,
         data=replace(config.data, sequence_length=length, page=None),
-        batch=config.batch if has_micro else replace(config.batch, micro=min(config.batch.micro, 2)),
+        batch=replace(
+            config.batch,
+            micro=config.batch.micro if has_micro else min(config.batch.micro, 2),
+            ramp=None,
+            ramp_unit=None,
+        ),
         optim=replace(
             config.optim,
+            moment_dtype="fp32",  # low precision in the state or on the way is no matter of layouts
+            reduce_dtype="fp32",
             name="muon" if config.optim.name == "muon" else "adamw",  # whose moments tell the gradient
             groups=(),  # they may name layers that are gone
             bucket_elements=min(config.optim.bucket_elements, BUCKET),

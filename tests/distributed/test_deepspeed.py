@@ -21,20 +21,20 @@ def test_a_run_goes_on_under_another_engine_and_stage(home: Home) -> None:
     keys = ["log.validate_every=2", "checkpoint.every=2", "log.sample_every=2", "log.sample_tokens=4"]
     train(home, "native", Layout(), "run.stop_after=6", *keys)
     deepspeed = "optim.engine=deepspeed"
-    train(home, "moved", Layout(data=2, zero=3), "run.stop_after=2", deepspeed, *keys)
+    train(home, "engines", Layout(data=2, zero=3), "run.stop_after=2", deepspeed, *keys)
     train(
         home,
-        "moved",
+        "engines",
         Layout(tensor=2, zero=3),
         "run.stop_after=4",
         deepspeed,
         f"optim.deepspeed={OFFLOAD}",
         *keys,
     )
-    train(home, "moved", Layout(data=2, zero=1), "run.stop_after=6", *keys)
+    train(home, "engines", Layout(data=2, zero=1), "run.stop_after=6", *keys)
     expected = losses(home, "native")
-    assert losses(home, "moved") == pytest.approx(expected, rel=1e-6)
-    validated = [_validated(home, run) for run in ("native", "moved")]
+    assert losses(home, "engines") == pytest.approx(expected, rel=1e-6)
+    validated = [_validated(home, run) for run in ("native", "engines")]
     assert validated[0].keys() >= {2, 4, 6}
     assert validated[1] == pytest.approx(validated[0], rel=1e-6)
 

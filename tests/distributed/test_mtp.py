@@ -18,8 +18,8 @@ def test_a_run_goes_on_and_is_judged_without_it(home: Home) -> None:
     options = ("optim.precision=fp64", *MTP)
     train(home, "ahead", Layout(pipeline=2), "run.stop_after=3", *options)
     train(home, "ahead", Layout(tensor=2), "run.stop_after=6", *options)
-    train(home, "whole", Layout(), "run.stop_after=6", *options)
-    parted, whole = metrics(home, "ahead"), metrics(home, "whole")
+    train(home, "ahead-whole", Layout(), "run.stop_after=6", *options)
+    parted, whole = metrics(home, "ahead"), metrics(home, "ahead-whole")
     assert [row["step"] for row in parted] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(parted, whole, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-9

@@ -19,8 +19,8 @@ pytest.importorskip("safetensors")
 @pytest.fixture(scope="module")
 def trained(home: Home) -> Path:
     """A run of four steps."""
-    train(home, "before", Layout(), "run.steps=4", "model.dropout=0", "model.attention_dropout=0")
-    return home.path / "before"
+    train(home, "imported-before", Layout(), "run.steps=4", "model.dropout=0", "model.attention_dropout=0")
+    return home.path / "imported-before"
 
 
 def fill_in(home: Home, imported: Path, run: str) -> None:

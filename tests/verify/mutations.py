@@ -458,8 +458,8 @@ MUTATIONS = (
     Mutation(
         "the router's partial gradients are not summed",
         "layers/router.py",
-        'init=Init("normal", init_std), partial=("tp",))',
-        'init=Init("normal", init_std))',
+        'init=Init("normal", init_std), partial=("tp",), role="router")',
+        'init=Init("normal", init_std), role="router")',
         "tensor=2",
         "moe",
         ("router.weight: gradient of step 1", "routers"),
