@@ -124,5 +124,5 @@ class Dispatch:
             rows = deal_rows(rows, self._group, send=self._receive, receive=self._send)
         size = self._num_tokens * self._copies
         placed: Tensor = _PlaceRows.apply(rows, self._order, size)  # type: ignore[no-untyped-call]
-        made = placed.view(self._num_tokens, self._copies, -1)
+        made = placed.view(self._num_tokens, self._copies, placed.shape[-1])  # there may be no token
         return torch.bmm(gates.to(rows.dtype).unsqueeze(1), made).squeeze(1)
