@@ -41,6 +41,7 @@ ONLY_FOR: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "names": ("deepspeed",),
         "max_shard_size": ("hf",),
         "dtype": ("hf", "megatron"),
+        "fp8": ("hf",),
     }
 )
 """Option -> the targets that it has a meaning for."""
@@ -114,6 +115,7 @@ def convert(origin: Origin, options: argparse.Namespace) -> Report:
         return export_deepspeed.export_deepspeed(origin, options.target, names=options.names or "hf", **given)
     given["dtype"] = COMPUTE_DTYPES[options.dtype] if options.dtype else None
     if options.to == "hf":
+        given["fp8"] = options.fp8
         if options.max_shard_size is not None:
             given["max_shard_bytes"] = options.max_shard_size
         return export_hf.export_hf(origin, options.target, **given)
@@ -200,6 +202,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--names", choices=("hf", "megads"), help="of parameters in a DeepSpeed checkpoint (default hf)")
     add("--dtype", choices=tuple(COMPUTE_DTYPES), help="of exported weights (default: as they were saved)")
+    add(
+        "--fp8",
+        choices=("float", "ue8m0"),
+        help="store projections in FP8 with scales of their blocks, as DeepSeek-V3 (float) or V3.1 (powers of two)",
+    )
     add("--max-shard-size", type=_size, metavar="SIZE", help="largest safetensors file (default 5GB)")
     return parser
 

@@ -28,13 +28,26 @@ from megads.assemble.tokenizer_files import check_ids, matching_tokenizer, write
 from megads.checkpoint import hf
 from megads.checkpoint.directory import built
 from megads.checkpoint.foreign import Values
-from megads.checkpoint.hf_names import Entry, match
+from megads.checkpoint.fp8_blocks import (
+    SCALE_SUFFIX,
+    ScaleKind,
+    quantisation,
+    quantise,
+    rounded,
+    scale_shape,
+)
+from megads.checkpoint.hf_names import Entry, Family, match, pattern
 from megads.checkpoint.proof import prove
 from megads.checkpoint.store import Store, write_file
 from megads.config.load import dump
 from megads.data.segment import Segment, tokens_by
 from megads.data.tokenizer import Tokenizer, tokenizer_file
+from megads.errors import CheckpointError
 from megads.model.catalog import HUGGING_FACE
+
+FP8_NOT_COMPARED = (
+    "FP8 weights, read back as what they are worth; no logits were compared: transformers computes in FP8"
+)
 
 
 def export_hf(
@@ -43,6 +56,7 @@ def export_hf(
     *,
     weights: str = "model",
     dtype: torch.dtype | None = None,
+    fp8: ScaleKind | None = None,
     max_shard_bytes: int = 5_000_000_000,
     store: Store | None = None,
 ) -> Report:
@@ -53,6 +67,7 @@ def export_hf(
     Args:
         weights: their kind: `model`, or an average such as `ema_0.999`.
         dtype: of the written weights; None: as they were saved.
+        fp8: scales of the projections that are stored in FP8 (fp8_blocks.py), as the family is published; None: none.
         max_shard_bytes: largest safetensors file, unless one tensor is larger.
 
     Raises:
@@ -62,7 +77,8 @@ def export_hf(
     """
     hf.check_installed()
     store = store or Store()
-    sizes = HUGGING_FACE[origin.config.model.family].to_config(origin.model)
+    family = HUGGING_FACE[origin.config.model.family]
+    sizes = family.to_config(origin.model)
     entries = entries_of(origin)
     values = origin.weights(weights)
     kept = dtype or _common_dtype(values)
@@ -71,23 +87,29 @@ def export_hf(
     ends = {} if words is None else {"bos_token_id": words.eod, "eos_token_id": words.eod}
     # In training a document followed the end of the one before, never another token: that one is also the begin token.
 
-    def read(entry: Entry) -> Tensor:
-        return values[entry.name].read(entry.box).to(kept)
+    plain = {e.foreign: _whole(e, values[e.name], _stored_dtype(e.name, kept)) for e in entries}
+    small = _in_fp8(family, plain, fp8)
 
     with built(target, store=store) as directory:
-        hf.write_weights(
-            directory, entries, read=read, dtype=kept, max_shard_bytes=max_shard_bytes, store=store
-        )
-        kinds = {"model_type": HUGGING_FACE[origin.config.model.family].model_type}
-        named = {"torch_dtype": str(kept).removeprefix("torch.")}
-        hf.write_json(directory / "config.json", {**sizes, **kinds, **named, **ends}, store=store)
+        tensors = {n: v for name in plain for n, v in small.get(name, {name: plain[name]}).items()}
+        hf.write_weights(directory, tensors, max_shard_bytes=max_shard_bytes, store=store)
+        facts: dict[str, Any] = {
+            "model_type": family.model_type,
+            "torch_dtype": str(kept).removeprefix("torch."),
+        }
+        if fp8 is not None:
+            facts["quantization_config"] = quantisation(fp8)
+        hf.write_json(directory / "config.json", {**sizes, **facts, **ends}, store=store)
         hf.write_json(directory / "generation_config.json", ends, store=store)
         notes = (*origin.notes, *_write_words(directory, found, words, store=store))
         written = hf.Weights(directory)
         hf.check_names(entries, written)
-        proofs = prove((e.foreign, _expected(e, read, kept), _found(e, written, kept)) for e in entries)
+        expected = {name: _worth(plain[name], fp8) if name in small else plain[name] for name in plain}
+        proofs = prove((name, values, _found(name, written, values)) for name, values in expected.items())
         comparison = None
-        if hf.has_transformers():
+        if fp8 is not None:
+            notes = (*notes, FP8_NOT_COMPARED)
+        elif hf.has_transformers():
             comparison = _comparison(directory, origin, values, words, kept)
         else:
             notes = (*notes, NOT_COMPARED)
@@ -111,12 +133,54 @@ def renamings(origin: Origin) -> list[Renaming]:
     return [Renaming(origin.names.get(e.name, ()), e.name, (e.foreign,), e.shape) for e in entries_of(origin)]
 
 
-def _expected(entry: Entry, read: Any, dtype: torch.dtype) -> Values:
-    return Values.of_whole(entry.shape, dtype, whole=lambda: entry.to_foreign(read(entry)))
+def _whole(entry: Entry, values: Values, dtype: torch.dtype) -> Values:
+    """The Hugging Face tensor of an entry."""
+    return Values.of_whole(
+        entry.shape, dtype, whole=lambda: entry.to_foreign(values.read(entry.box).to(dtype)).contiguous()
+    )
 
 
-def _found(entry: Entry, weights: hf.Weights, dtype: torch.dtype) -> Values:
-    return Values.of_whole(weights.shapes[entry.foreign], dtype, whole=partial(weights.tensor, entry.foreign))
+def _found(name: str, weights: hf.Weights, expected: Values) -> Values:
+    return Values.of_whole(weights.shapes[name], expected.dtype, whole=partial(weights.tensor, name))
+
+
+def _in_fp8(
+    family: Family, plain: Mapping[str, Values], kind: ScaleKind | None
+) -> dict[str, dict[str, Values]]:
+    """Name of a matrix that is stored in FP8 -> what is stored of it: values and scales.
+
+    Raises:
+        CheckpointError: a family that is not published in FP8.
+    """
+    if kind is None:
+        return {}
+    names = [name for name in plain if pattern(name) in family.fp8]
+    if not names:
+        raise CheckpointError(
+            f"{family.model_type} is not published in FP8 with block scales",
+            allowed="model.family deepseek_v3",
+        )
+    return {name: _stored(name, plain[name], kind) for name in names}
+
+
+def _stored(name: str, values: Values, kind: ScaleKind) -> dict[str, Values]:
+    def numbers() -> Tensor:
+        return quantise(values.whole(), kind=kind).values
+
+    def scales() -> Tensor:
+        return quantise(values.whole(), kind=kind).scales
+
+    return {
+        name: Values.of_whole(values.shape, torch.float8_e4m3fn, whole=numbers),
+        name + SCALE_SUFFIX: Values.of_whole(scale_shape(values.shape), torch.float32, whole=scales),
+    }
+
+
+def _worth(values: Values, kind: ScaleKind | None) -> Values:
+    """What a matrix is worth in FP8."""
+    if kind is None:
+        return values
+    return Values.of_whole(values.shape, torch.float32, whole=lambda: rounded(values.whole(), kind=kind))
 
 
 def _comparison(
@@ -129,7 +193,7 @@ def _comparison(
         directory,
         spec,
         tokens=sample_tokens(ids, spec),
-        read=lambda name: values[name].whole().to(kept),  # of the rounded weights
+        read=lambda name: values[name].whole().to(_stored_dtype(name, kept)),  # of the rounded weights
         dtype=torch.promote_types(kept, torch.float32),
     )
 
@@ -144,6 +208,11 @@ def _write_words(
     if not notes and hf.has_transformers():
         check_ids(directory, text=SAMPLE, ids=words.encode_batch([SAMPLE])[0].tolist())
     return notes
+
+
+def _stored_dtype(name: str, kept: torch.dtype) -> torch.dtype:
+    """Of a written tensor: a router's bias moves by thousandths, which 16 bits would swallow; transformers knows."""
+    return torch.promote_types(kept, torch.float32) if name.endswith("router.bias") else kept
 
 
 def _common_dtype(values: Mapping[str, Values]) -> torch.dtype:

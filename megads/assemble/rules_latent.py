@@ -45,11 +45,15 @@ def latent_heads_have_keys(config: Config, world_size: int) -> Finding | None:
 
 def mscales_have_yarn(config: Config, world_size: int) -> Finding | None:
     model = config.model
-    used = [f"model.{key}" for key in ("rope_mscale", "rope_mscale_all_dim") if getattr(model, key) is not None]
+    used = [
+        f"model.{key}" for key in ("rope_mscale", "rope_mscale_all_dim") if getattr(model, key) is not None
+    ]
     if model.rope_scaling == "yarn" or model.family not in LATENT_FAMILIES or not used:
         return None
     return Finding(
-        used[0], f"{' and '.join(used)} with model.rope_scaling {model.rope_scaling}", "model.rope_scaling yarn"
+        used[0],
+        f"{' and '.join(used)} with model.rope_scaling {model.rope_scaling}",
+        "model.rope_scaling yarn",
     )
 
 

@@ -16,7 +16,7 @@ in `hf.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,21 @@ class Quantised:
     scales: Tensor
 
 
+def quantisation(kind: ScaleKind) -> dict[str, Any]:
+    """What config.json says of it, under `quantization_config`."""
+    facts = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    named = {"scale_fmt": kind} if kind == "ue8m0" else {}
+    return {**facts, **named, "weight_block_size": [BLOCK, BLOCK]}
+
+
 def scale_shape(shape: Shape) -> Shape:
     """Of the scales of a matrix of this shape."""
     return tuple(-(-size // BLOCK) for size in shape)
+
+
+def rounded(weight: Tensor, *, kind: ScaleKind) -> Tensor:
+    """What a matrix is worth once it is stored, in fp32."""
+    return dequantise(quantise(weight, kind=kind))
 
 
 def dequantise(stored: Quantised) -> Tensor:

@@ -7,10 +7,9 @@ Which tensor is called what: hf_names.py. What else belongs to an export (config
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megads.checkpoint.foreign import Values
 from megads.checkpoint.fp8_blocks import SCALE_SUFFIX, Quantised, dequantise, scale_shape
 from megads.checkpoint.hf_names import Entry, grouped, pattern
 from megads.checkpoint.store import Buffer, Store, write_file
@@ -38,40 +38,31 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 
 
 def write_weights(
-    directory: Path,
-    entries: Sequence[Entry],
-    *,
-    read: Callable[[Entry], Tensor],
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-    store: Store,
-) -> int:
-    """Write the model's safetensors files, and their index if there are several; returns the bytes of all tensors.
+    directory: Path, tensors: Mapping[str, Values], *, max_shard_bytes: int, store: Store
+) -> None:
+    """Write the model's safetensors files, and their index if there are several.
 
     One tensor is in memory at a time (safetensors' own writer wants a whole file's). A tensor that is larger than
     `max_shard_bytes` gets a file of its own.
 
     Args:
-        read: the values of an entry's box.
-        dtype: of the written tensors.
+        tensors: by Hugging Face's names; float8_e4m3fn is written too, its scales are tensors of their own.
 
     Raises:
         OSError: with the path.
     """
-    shards = _plan(entries, max_shard_bytes, item_size=dtype.itemsize)
+    shards = _plan(tensors, max_shard_bytes)
     names = [
         SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
     for name, shard in zip(names, shards, strict=True):
-        values = (entry.to_foreign(read(entry).to(dtype)) for entry in shard)
-        write_file(store, directory / name, blocks=_file_blocks(shard, values, dtype))
-    total = sum(entry.box.size for entry in entries) * dtype.itemsize
+        write_file(store, directory / name, blocks=_file_blocks({key: tensors[key] for key in shard}))
     if len(shards) > 1:
-        places = {entry.foreign: n for n, shard in zip(names, shards, strict=True) for entry in shard}
+        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(values.size for values in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(directory / INDEX_NAME, index, store=store)
-    return total
 
 
 def write_json(path: Path, tree: object, *, store: Store) -> None:
@@ -79,32 +70,32 @@ def write_json(path: Path, tree: object, *, store: Store) -> None:
     write_file(store, path, blocks=[(json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
-def _plan(entries: Sequence[Entry], max_bytes: int, *, item_size: int) -> list[list[Entry]]:
-    """Entries in order, cut into files of at most `max_bytes`."""
-    shards: list[list[Entry]] = [[]]
+def _plan(tensors: Mapping[str, Values], max_bytes: int) -> list[list[str]]:
+    """Names in order, cut into files of at most `max_bytes`."""
+    shards: list[list[str]] = [[]]
     room = max_bytes
-    for entry in entries:
-        size = entry.box.size * item_size
-        if size > room and shards[-1]:
+    for name, values in tensors.items():
+        if values.size > room and shards[-1]:
             shards.append([])
             room = max_bytes
-        shards[-1].append(entry)
-        room -= size
+        shards[-1].append(name)
+        room -= values.size
     return shards
 
 
-def _file_blocks(entries: Sequence[Entry], values: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Buffer]:
+def _file_blocks(tensors: Mapping[str, Values]) -> Iterator[Buffer]:
     """A safetensors file: length of the header (8 bytes, little-endian), header (JSON), the tensors' bytes."""
-    kind = next(name for name, known in FORMAT_DTYPES.items() if known == dtype)
-    ends = list(itertools.accumulate(entry.box.size * dtype.itemsize for entry in entries))
+    kinds = {dtype: name for name, dtype in (*FORMAT_DTYPES.items(), (FP8, torch.float8_e4m3fn))}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for entry, start, end in zip(entries, [0, *ends], ends, strict=False):
-        header[entry.foreign] = {"dtype": kind, "shape": entry.shape, "data_offsets": [start, end]}
+    end = 0
+    for name, values in tensors.items():
+        start, end = end, end + values.size
+        header[name] = {"dtype": kinds[values.dtype], "shape": values.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in values:
-        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    for values in tensors.values():
+        yield values.whole().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class Weights:

@@ -63,6 +63,7 @@ class Family:
         to_config: the config section `model`, nothing left open -> what config.json says about it.
         from_config: config.json -> the config section `model`, without `family`.
         copies: (pattern of Hugging Face tensors that repeat another one, that one's name).
+        fp8: patterns of Hugging Face tensors that may be stored in FP8 with scales of their blocks.
     """
 
     model_type: str
@@ -72,6 +73,7 @@ class Family:
     to_config: Callable[[Any], dict[str, Any]]
     from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     copies: tuple[tuple[str, str], ...] = ()
+    fp8: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,6 +205,8 @@ def _v3_from(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+EH_PROJ = "layers.*.eh_proj.weight"
+
 ROWS = (
     *(row for row in TRUNK_ROWS if row.name != "layers.*.attention.qkv.weight"),
     *EXPERT_ROWS,
@@ -231,6 +233,14 @@ COPIES = (
 )
 """What published files repeat in the layers of multi-token prediction."""
 
+FP8 = tuple(
+    part
+    for row in ROWS
+    for part in row.parts
+    if "_proj" in part and part.endswith(".weight") and row.name != EH_PROJ
+)
+"""What V3 is published in: all projections of the layers; not embedding, head, router and norms."""
+
 DEFAULTS = MappingProxyType(
     {
         "norm_eps": 1e-6,
@@ -254,7 +264,7 @@ DEEPSEEK_V2 = ModelFamily(
 )
 
 DEEPSEEK_V3 = ModelFamily(
-    hugging_face=_family(model_type="deepseek_v3", to_config=_v3_to, from_config=_v3_from),
+    hugging_face=_family(model_type="deepseek_v3", to_config=_v3_to, from_config=_v3_from, fp8=FP8),
     defaults=MappingProxyType({**DEFAULTS, "renormalise": True}),
     ffn=swiglu_width,
     attention=latent_attention,

@@ -16,6 +16,8 @@ from megads.assemble.import_hf import open_hf
 from megads.assemble.origin import Hints, Origin
 from megads.checkpoint import hf
 from megads.checkpoint.fp8_blocks import Quantised, dequantise, quantise
+from megads.checkpoint.hf_names import pattern
+from megads.checkpoint.proof import bits
 from megads.errors import CheckpointError, MegadsError
 from megads.model.catalog import HUGGING_FACE
 from tests.model.families import CASES, FamilyCase
@@ -164,6 +166,48 @@ def test_fp8_weights_come_in_times_their_scales(tmp_path: Path) -> None:
     after = hf.Weights(tmp_path / "out")
     assert after.shapes.keys() == worth.keys()
     assert all(torch.equal(after.tensor(name), values.float()) for name, values in worth.items())
+
+
+@pytest.mark.parametrize("kind", ["float", "ue8m0"])
+def test_fp8_weights_go_out_as_they_came(kind: Any, tmp_path: Path) -> None:
+    """Projections alone, and what was read and not changed since has the numbers that were read, scales too."""
+    v3 = next(case for case in CASES if case.name == "deepseek_v3")
+    wide = replace(v3, changes={**v3.changes, "hidden_size": 136, "num_hidden_layers": 2})
+    export_hf(open_hf(saved(wide, tmp_path / "source"), Hints()), tmp_path / "first", fp8=kind)
+    report = export_hf(open_hf(tmp_path / "first", Hints()), tmp_path / "second", fp8=kind)
+    assert report.comparison is None and any("FP8" in note for note in report.notes)
+    first, second = (load_all(tmp_path / name) for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    small = {name for name, values in first.items() if values.dtype == torch.float8_e4m3fn}
+    kinds = {pattern(name).split(".")[-2] for name in small}
+    attention = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    assert kinds == attention | {"gate_proj", "up_proj", "down_proj"}
+    assert {f"{name}_scale_inv" for name in small} == {name for name in first if "_scale_inv" in name}
+    if kind == "float":
+        assert all(torch.equal(bits(first[name]), bits(second[name])) for name in first)
+    settings = json.loads((tmp_path / "second" / "config.json").read_text())["quantization_config"]
+    assert settings["weight_block_size"] == [128, 128]
+    assert settings.get("scale_fmt", "float") == kind
+    with pytest.raises(CheckpointError, match="mixtral is not published in FP8"):
+        mixtral = next(case for case in CASES if case.name == "mixtral")
+        export_hf(open_hf(saved(mixtral, tmp_path / "other"), Hints()), tmp_path / "no", fp8=kind)
+
+
+def test_a_routers_bias_keeps_float32_in_bf16(tmp_path: Path) -> None:
+    v3 = next(case for case in CASES if case.name == "deepseek_v3")
+    source = saved(v3, tmp_path / "source")
+    report = export_hf(open_hf(source, Hints()), tmp_path / "out", dtype=torch.bfloat16)
+    assert report.comparison is not None
+    before, after = load_all(source), load_all(tmp_path / "out")
+    biases = [name for name in after if name.endswith("e_score_correction_bias")]
+    assert biases and all(torch.equal(after[name], before[name]) for name in biases)
+    assert {values.dtype for name, values in after.items() if name not in biases} == {torch.bfloat16}
+
+
+def load_all(directory: Path) -> dict[str, torch.Tensor]:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(directory / hf.SINGLE_NAME)
 
 
 def test_fp8_weights_without_their_scales_are_refused(tmp_path: Path) -> None:

@@ -43,11 +43,17 @@ def read(entry: Entry) -> torch.Tensor:
     return VALUES[entry.name][entry.box.slices]
 
 
+def tensors(read: Callable[[Entry], torch.Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Values]:
+    """All of Hugging Face's tensors, unread."""
+    return {
+        e.foreign: Values.of_whole(e.shape, dtype, whole=lambda e=e: e.to_foreign(read(e)))  # type: ignore[misc]
+        for e in ENTRIES
+    }
+
+
 def written(directory: Path, max_bytes: int = 1 << 20) -> Path:
     directory.mkdir()
-    write_weights(
-        directory, ENTRIES, read=read, dtype=torch.float32, max_shard_bytes=max_bytes, store=Store()
-    )
+    write_weights(directory, tensors(read), max_shard_bytes=max_bytes, store=Store())
     return directory
 
 
@@ -107,7 +113,7 @@ def test_every_dtype_keeps_its_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     def values(entry: Entry) -> torch.Tensor:
         return odd[entry.name][entry.box.slices]
 
-    write_weights(tmp_path, ENTRIES, read=values, dtype=dtype, max_shard_bytes=200, store=Store())
+    write_weights(tmp_path, tensors(values, dtype), max_shard_bytes=200, store=Store())
     check_bits(Weights(tmp_path), values)
     odd["norm.weight"] = torch.tensor([float("nan"), 0.0, float("inf")], dtype=dtype)  # only the sign of zero
     with pytest.raises(CheckpointError, match="norm"):
@@ -126,9 +132,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
         log.append("read")
         return read(entry)
 
-    write_weights(
-        tmp_path, ENTRIES, read=logged, dtype=torch.float32, max_shard_bytes=1 << 20, store=Logged()
-    )
+    write_weights(tmp_path, tensors(logged), max_shard_bytes=1 << 20, store=Logged())
     assert log == ["write"] + ["read", "write"] * len(ENTRIES)
 
 
