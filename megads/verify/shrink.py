@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from megads.assemble.schedule import own_schedule
-from megads.config.model import ModelConfig
+from megads.config.model import LATENT_FAMILIES, ModelConfig
 from megads.config.root import Config
 from megads.verify.trial import Trial
 
@@ -98,7 +98,7 @@ def _model(model: ModelConfig, configs: Sequence[Config]) -> ModelConfig:
     experts = math.lcm(*(c.parallel.expert for c in configs))
     expert_tensor = math.lcm(tensor, *(c.parallel.expert_tensor or 1 for c in configs))
     small = replace(
-        model,
+        _latents(model),
         layers=layers,
         heads=num_heads,
         kv_heads=None if model.kv_heads is None else kv_heads,
@@ -109,6 +109,14 @@ def _model(model: ModelConfig, configs: Sequence[Config]) -> ModelConfig:
         max_positions=None,
     )
     return small if model.experts is None else _experts(small, experts, expert_tensor)
+
+
+def _latents(model: ModelConfig) -> ModelConfig:
+    """Narrow latents and heads of latent attention, all of different widths."""
+    if model.family not in LATENT_FAMILIES:
+        return model
+    q_lora = None if model.q_lora is None else 2 * HEAD_DIM
+    return replace(model, q_lora=q_lora, kv_lora=HEAD_DIM + 3, nope_dim=HEAD_DIM, rope_dim=4, v_dim=5)
 
 
 def _ulysses(config: Config) -> int:
