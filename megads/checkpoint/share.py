@@ -22,7 +22,6 @@ from megads.errors import CheckpointError
 from megads.parallel.collectives import all_reduce_, broadcast_
 from megads.parallel.mesh import Group
 
-
 CPU = torch.device("cpu")
 
 

@@ -89,8 +89,8 @@ class OptimConfig:
     """ZeRO stage: 0 keeps all on each data-parallel rank, 1 shards optimizer state over them, 2 also the gradients
     once they are reduced, 3 (deepspeed) also the weights, which are gathered block by block."""
     deepspeed: dict[str, JsonValue] = field(default_factory=dict)
-    """Keys of DeepSpeed's own configuration, given to it as they are; those that megads sets itself are refused. State in
-    host memory: {zero_optimization: {offload_optimizer: {device: cpu}}}, with stage 3 also offload_param."""
+    """Keys of DeepSpeed's own configuration, given to it as they are; those that megads sets itself are refused. State
+    in host memory: {zero_optimization: {offload_optimizer: {device: cpu}}}, with stage 3 also offload_param."""
     bucket_elements: PositiveInt = 25_000_000
     """Gradient elements reduced by one collective."""
     reduce_every: PositiveInt = 1
@@ -98,8 +98,8 @@ class OptimConfig:
     whole gradients between micro-batches, and sends as many bytes in each as ZeRO 1 in a step; n sends 1/n of that and
     keeps whole gradients from the first of n micro-batches to the last."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """In which gradients travel between data-parallel ranks under ZeRO; they are always added in float32. bf16: half the
-    bytes, and each rank's gradients are rounded once."""
+    """In which gradients travel between data-parallel ranks under ZeRO; they are always added in float32. bf16: half
+    the bytes, and each rank's gradients are rounded once."""
     shard_size: PositiveInt | None = None
     """Data-parallel (x context-parallel) ranks over which ZeRO cuts, neighbours, such as those of one host; the others
     hold copies. null: all."""

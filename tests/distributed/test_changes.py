@@ -85,7 +85,11 @@ def test_the_verb_tells_documents_and_steps(home: Home, planned: dict[int, float
             steps = command(home.path, "data", config, "--document", name)
             assert steps.code == 0, steps.errors
             assert f"step     10 {match[0]}" in steps.said
-    for wrong, why in ((["--step", "0"], "outside the run"), (["--document", "99999"], "no document 99999 in the corpora")):
+    wrongs = (
+        (["--step", "0"], "outside the run"),
+        (["--document", "99999"], "no document 99999 in the corpora"),
+    )
+    for wrong, why in wrongs:
         refused = command(home.path, "data", config, *wrong)
         assert (refused.code, refused.said) == (2, "")
         assert why in refused.errors
