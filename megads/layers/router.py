@@ -186,7 +186,8 @@ class Choice(torch.nn.Module):
     def _group_scores(self, scores: Tensor) -> Tensor:
         """[t, experts] -> [t, groups]."""
         best = 1 if self.spec.group_score == "max" else 2
-        return scores.unflatten(-1, (self.spec.groups, -1)).topk(best, dim=-1).values.sum(-1)
+        size = self.spec.experts // self.spec.groups
+        return scores.view(-1, self.spec.groups, size).topk(best, dim=-1).values.sum(-1)
 
     def _eligible(self, scores: Tensor) -> Tensor:
         """Scores, -inf outside of a token's groups."""
