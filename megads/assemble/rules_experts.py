@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megads.assemble.finding import Finding, Rule, divisors, multiples
-from megads.config.model import ModelConfig
+from megads.config.model import SIGMOID_FAMILIES, ModelConfig
 from megads.config.root import Config
 
 EXPERT_KEYS = (
@@ -102,7 +102,8 @@ def groups_have_two_experts(config: Config, world_size: int) -> Finding | None:
     model = config.model
     if model.experts is None or model.expert_groups == 1 or model.experts != model.expert_groups:
         return None
-    score = model.group_score or ("max" if model.router == "softmax" else "top2")
+    is_sigmoid = model.router == "sigmoid" or (model.router is None and model.family in SIGMOID_FAMILIES)
+    score = model.group_score or ("top2" if is_sigmoid else "max")
     if score == "max":
         return None
     return Finding(

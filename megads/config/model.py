@@ -11,6 +11,8 @@ from megads.config.section import section
 
 LATENT_FAMILIES = ("deepseek_v2", "deepseek_v3")
 """Those with latent attention."""
+SIGMOID_FAMILIES = ("deepseek_v3",)
+"""Those whose routers have sigmoid scores, where the config says nothing."""
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -94,8 +96,8 @@ class ModelConfig:
     dense_layers: NonNegativeInt | Annotated[tuple[NonNegativeInt, ...], MinLen(1)] = 0
     """Layers that have a dense feed-forward layer in place of experts: how many at the start, or a list of their
     numbers (the first is 0)."""
-    router: Literal["softmax", "sigmoid"] = "softmax"
-    """How a router's logits become scores."""
+    router: Literal["softmax", "sigmoid"] | None = None
+    """How a router's logits become scores; null: sigmoid for deepseek_v3, softmax for others."""
     renormalise: bool | None = None
     """Whether the gates of a token are divided by their sum; null: true for qwen3_moe, mixtral and
     deepseek_v3, false for others."""

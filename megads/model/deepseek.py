@@ -265,7 +265,7 @@ DEEPSEEK_V2 = ModelFamily(
 
 DEEPSEEK_V3 = ModelFamily(
     hugging_face=_family(model_type="deepseek_v3", to_config=_v3_to, from_config=_v3_from, fp8=FP8),
-    defaults=MappingProxyType({**DEFAULTS, "renormalise": True}),
+    defaults=MappingProxyType({**DEFAULTS, "renormalise": True, "router": "sigmoid"}),
     ffn=swiglu_width,
     attention=latent_attention,
     rope=interleaved_positions,

@@ -28,7 +28,12 @@ def describe_experts(config: ModelConfig) -> MoESpec | None:
     """The experts that a complete config means; None: a dense model."""
     if config.experts is None:
         return None
-    if config.expert_ffn is None or config.group_score is None or config.balance_weight is None:
+    if (
+        config.expert_ffn is None
+        or config.group_score is None
+        or config.balance_weight is None
+        or config.router is None
+    ):
         raise ValueError("the config is not complete: catalog.complete")
     return MoESpec(
         experts=config.experts,

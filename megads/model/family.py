@@ -107,6 +107,7 @@ class ModelFamily:
             "ffn": self.ffn(config.hidden),
             "vocab": vocab,
             "max_positions": sequence_length,
+            "router": "softmax",
         }
         if config.rope_scaling != "none":
             general |= {

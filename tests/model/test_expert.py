@@ -71,3 +71,11 @@ def test_a_dense_family_of_hugging_face_has_no_name_for_it() -> None:
     config = ModelConfig(family="llama", layers=4, hidden=HIDDEN, heads=4, experts=8)
     with pytest.raises(CheckpointError, match=r"no experts[\s\S]*model.experts 8"):
         HUGGING_FACE["llama"].to_config(config)
+
+
+@pytest.mark.parametrize(("family", "scores"), [("llama", "softmax"), ("deepseek_v3", "sigmoid")])
+def test_a_family_says_how_its_routers_score(family: str, scores: str) -> None:
+    latent = {"kv_lora": 16, "nope_dim": 8, "rope_dim": 4, "v_dim": 8} if family == "deepseek_v3" else {}
+    config = ModelConfig(family=family, layers=2, hidden=32, heads=4, experts=4, **latent)  # type: ignore[arg-type]
+    moe = describe(config, vocab=10, sequence_length=8).moe
+    assert moe is not None and moe.scores == scores
