@@ -202,7 +202,9 @@ def compare(
             load the model.
     """
     ours = reference_outputs(spec, tokens, read=read, dtype=dtype)
-    theirs = hf.transformers_outputs(directory, tokens, dtype=dtype)
+    depth = 0 if spec.mtp is None else spec.mtp.depth
+    ahead = tuple(f"model.layers.{spec.layers + number}." for number in range(depth))
+    theirs = hf.transformers_outputs(directory, tokens, dtype=dtype, unread=ahead)
     layers = {
         name: Difference.between(mine, other)
         for (name, mine), other in zip(ours.states.items(), theirs.states, strict=False)

@@ -288,12 +288,15 @@ class TransformersOutputs:
 
 
 @torch.no_grad()
-def transformers_outputs(directory: Path, tokens: Tensor, *, dtype: torch.dtype) -> TransformersOutputs:
+def transformers_outputs(
+    directory: Path, tokens: Tensor, *, dtype: torch.dtype, unread: tuple[str, ...] = ()
+) -> TransformersOutputs:
     """What the model in `directory` computes by transformers alone.
 
     Args:
         tokens: [batch, seq] int64.
         dtype: of the arithmetic.
+        unread: name prefixes of weights that transformers' model has no place for (multi-token prediction).
 
     Raises:
         CheckpointError: transformers misses weights, does not know some, or cannot load the model.
@@ -308,6 +311,7 @@ def transformers_outputs(directory: Path, tokens: Tensor, *, dtype: torch.dtype)
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{directory}: transformers cannot load the model", found=error) from error
+    report["unexpected_keys"] = [n for n in report["unexpected_keys"] if not n.startswith(unread)]
     wrong = {kind: names for kind, names in report.items() if names}
     if wrong:
         raise CheckpointError(f"{directory}: transformers loads the model with a remark", found=wrong)
