@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import megads.checkpoint
 from megads.assemble.export_hf import export_hf
 from megads.assemble.import_checkpoint import import_checkpoint
 from megads.assemble.import_hf import open_hf
@@ -20,6 +21,7 @@ from megads.checkpoint.hf_names import pattern
 from megads.checkpoint.proof import bits
 from megads.errors import CheckpointError, MegadsError
 from megads.model.catalog import HUGGING_FACE
+from tests.assemble.models import Sample, make_sentencepiece, save_step, to_hf, to_megads
 from tests.model.families import CASES, FamilyCase
 
 pytest.importorskip("transformers")
@@ -216,3 +218,17 @@ def test_fp8_weights_without_their_scales_are_refused(tmp_path: Path) -> None:
     in_fp8(saved(wide, tmp_path / "source"), cut_scales=True)
     with pytest.raises(CheckpointError, match=r"_scale_inv: not the scales of FP8 weights"):
         open_hf(tmp_path / "source", Hints())
+
+
+def test_layers_ahead_go_out_and_come_back(tmp_path: Path) -> None:
+    """transformers has no place for multi-token prediction; the file keeps it, bit for bit."""
+    latent = {"q_lora": 24, "kv_lora": 16, "nope_dim": 8, "rope_dim": 8, "v_dim": 8}
+    experts = {"experts": 4, "expert_ffn": 16, "shared_experts": 1, "dense_layers": 1, "balance": "bias"}
+    more = {**latent, **experts, "mtp_layers": 1}
+    weights = save_step(tmp_path / "run", Sample("deepseek_v3", more=more), make_sentencepiece(tmp_path))
+    to_hf(tmp_path / "run", tmp_path / "hf")
+    to_megads(tmp_path / "hf", tmp_path / "back")
+    back = megads.checkpoint.open(tmp_path / "back")
+    assert any(name.startswith("layers.3.eh_proj") for name in weights)
+    for name, values in weights.items():
+        assert torch.equal(back[f"model/{name}"], values), name
