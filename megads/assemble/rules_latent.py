@@ -43,6 +43,17 @@ def latent_heads_have_keys(config: Config, world_size: int) -> Finding | None:
     )
 
 
+def latent_heads_have_their_dims(config: Config, world_size: int) -> Finding | None:
+    model = config.model
+    if model.family not in LATENT_FAMILIES or model.head_dim in (None, model.hidden // model.heads):
+        return None
+    return Finding(
+        "model.head_dim",
+        f"{model.head_dim} with model.family {model.family}, which does not read it",
+        "null; model.nope_dim, model.rope_dim and model.v_dim",
+    )
+
+
 def mscales_have_yarn(config: Config, world_size: int) -> Finding | None:
     model = config.model
     used = [
@@ -61,5 +72,6 @@ RULES: tuple[Rule, ...] = (
     latent_keys_have_family,
     latent_head_is_even,
     latent_heads_have_keys,
+    latent_heads_have_their_dims,
     mscales_have_yarn,
 )

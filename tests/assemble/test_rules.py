@@ -78,6 +78,7 @@ EXAMPLES: dict[str, tuple[list[str], int, str, list[str], list[str]]] = {
     "rope_turns_are_in_order": (["model.rope_scaling=llama3", "model.rope_original_positions=64", "model.rope_few_turns=4"], 1, "model.rope_few_turns", ["4 with model.rope_many_turns 4"], ["model.rope_few_turns=1"]),
     "latent_keys_have_family": (["model.kv_lora=8", "model.rope_mscale=1"], 1, "model.kv_lora", ["model.kv_lora, model.rope_mscale with model.family llama", "deepseek_v2 or deepseek_v3"], ["model.family=deepseek_v3", "model.rope_scaling=yarn", "model.rope_original_positions=64"]),
     "latent_head_is_even": (["model.family=deepseek_v2", "model.rope_dim=5"], 1, "model.rope_dim", ["5, odd"], ["model.rope_dim=4"]),
+    "latent_heads_have_their_dims": (["model.family=deepseek_v3", "model.head_dim=12"], 1, "model.head_dim", ["12 with model.family deepseek_v3", "model.nope_dim"], ["model.head_dim=null"]),
     "latent_heads_have_keys": (["model.family=deepseek_v2", "model.kv_heads=3"], 1, "model.kv_heads", ["3 with model.family deepseek_v2: each of model.heads 6"], ["model.kv_heads=6"]),
     "mscales_have_yarn": (["model.family=deepseek_v2", "model.rope_mscale_all_dim=1"], 1, "model.rope_mscale_all_dim", ["model.rope_mscale_all_dim with model.rope_scaling none"], ["model.rope_scaling=yarn", "model.rope_original_positions=64"]),
     "expert_keys_have_experts": (["model.shared_experts=1", "parallel.expert=2"], 2, "model.shared_experts", ["model.shared_experts, parallel.expert with model.experts null"], ["model.experts=4"]),
