@@ -37,7 +37,10 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType({f.name: f.default for f in field
 
 
 def expert_keys_have_experts(config: Config, world_size: int) -> Finding | None:
-    used = [f"model.{key}" for key in EXPERT_KEYS if getattr(config.model, key) != DEFAULTS[key]]
+    asked = {key: getattr(config.model, key) for key in EXPERT_KEYS}
+    if asked["router"] == "softmax":  # written out in the configs of older dense runs
+        asked["router"] = None
+    used = [f"model.{key}" for key, value in asked.items() if value != DEFAULTS[key]]
     if config.parallel.expert > 1:
         used.append("parallel.expert")
     if config.parallel.expert_tensor is not None:

@@ -109,13 +109,14 @@ class ModelFamily:
             "max_positions": sequence_length,
             "router": "softmax",
         }
+        unread = ("router", "renormalise") if config.experts is None else ()
         if config.rope_scaling != "none":
             general |= {
                 "rope_few_turns": 1.0,
                 "rope_many_turns": 4.0 if config.rope_scaling == "llama3" else 32.0,
             }
         found = {**general, **self.defaults}
-        is_open = {key: value for key, value in found.items() if getattr(config, key) is None}
+        is_open = {k: v for k, v in found.items() if k not in unread and getattr(config, k) is None}
         return complete_experts(replace(config, **is_open))
 
     def describe(self, config: ModelConfig) -> DecoderSpec:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megads.assemble.rules_layout import tensor_stays_on_host
 from megads.config.load import load
 from megads.config.root import Config
 from megads.errors import ConfigError
+from megads.model.catalog import FAMILIES, complete
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -298,3 +300,13 @@ def test_offered_layouts_keep_to_the_wanted_axes(world_size: int, base: Path) ->
             words = offer.split()
             assert words[::3] == ["tensor", "context", "pipeline"]
             assert world_size % prod(int(degree) for degree in words[1::3]) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_config_of_a_dense_model_stays_legal_when_it_is_written_out(family: str, base: Path) -> None:
+    """What a run's directory holds is what `evaluate` and a resumed run read."""
+    config = load(base, [f"model.family={family}"])
+    completed = complete(config.model, vocab=401, sequence_length=16)
+    for model in (completed, replace(completed, router="softmax")):  # older runs wrote a router
+        found = findings(replace(config, model=model), 1)
+        assert not any(finding.key == "model.router" or "model.experts" in finding.found for finding in found)
