@@ -14,7 +14,7 @@ from typing import Any
 
 from megads.data.segment import Segment, segment_at
 from megads.data.segment import tokens_by as tokens_by  # of the same family as tokens_of
-from megads.errors import CheckpointError
+from megads.errors import CheckpointError, DataError
 
 
 def to_json(history: Sequence[Segment]) -> list[dict[str, Any]]:
@@ -34,6 +34,26 @@ def from_objects(objects: Mapping[str, Any]) -> tuple[Segment, ...]:
             "the checkpoint has no data history", found=rows, allowed="a list with a row for each change"
         )
     return tuple(Segment.from_dict(row) for row in rows)
+
+
+def read(path: Path) -> tuple[Segment, ...] | None:
+    """What `write` wrote; None: there is no such file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: not readable",
+            found=error,
+            allowed="the list that training writes",
+            do="remove it: checkpoints hold the history, except for a rollback since the last of them",
+        ) from error
+    return from_objects({"history": rows})
 
 
 def write(path: Path, history: Sequence[Segment]) -> None:

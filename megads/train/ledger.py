@@ -7,7 +7,6 @@ that its config plans. Arithmetic is in `data/ledger.py`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from megads.config.root import Config
 from megads.data.corpus import Corpus, open_corpora
 from megads.data.ledger import Entry, Ledger, documents_named
 from megads.data.segment import Segment, segment_at
-from megads.errors import ConfigError, DataError
+from megads.errors import ConfigError
 from megads.train import history as run_history
 
 
@@ -57,16 +56,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _history(config: Config) -> tuple[Segment, ...]:
     """That of the run's directory, or the planned one."""
-    path = Path(config.run.dir) / "history.json"
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    saved = run_history.read(Path(config.run.dir) / "history.json")
+    if saved is None:
         return source.wanted_history(config, _corpora(config), saved=(), first_step=1)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: not readable", found=error, do="remove it to see what is planned"
-        ) from error
-    return run_history.from_objects({"history": rows})
+    return saved
 
 
 def _of_step(config: Config, history: Sequence[Segment], step: int) -> Iterator[str]:

@@ -9,7 +9,6 @@ checkpoint: a run that is killed before the next one finds it in the file.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from megads.optim.engine import Engine
 from megads.optim.guard import SpikeGuard
 from megads.parallel.control import Control
 from megads.parallel.mesh import Mesh
+from megads.train import history as run_history
 from megads.train.pace import Pace
 from megads.train.start import start_from, take_over
 from megads.train.verdict import RollBack
@@ -177,11 +177,10 @@ class Restorer:
         """Tokens that `run.dir/history.json` leaves out before a step: of a rollback that no checkpoint knows yet."""
         found = 0
         if self._control.rank == 0:
-            path = self._directory / "history.json"
-            rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-            row = next((row for row in rows if row["first_step"] == first_step), None)
+            rows = run_history.read(self._directory / "history.json") or ()
+            row = next((row for row in rows if row.first_step == first_step), None)
             if row is not None:
-                found = sum(stop - start for start, stop in row["skipped"]) * row["sequence_length"]
+                found = sum(stop - start for start, stop in row.skipped) * row.sequence_length
         return int(self._control.all_gather(found)[0])
 
     def _say_averages(self, reader: StepReader) -> None:

@@ -37,7 +37,7 @@ def take_over(engine: Engine, reader: StepReader) -> tuple[Segment, ...]:
     if "optim" in objects:
         engine.load_scalars(objects["optim"])
     else:
-        engine.load_scalars(engine.scalars())
+        _start_anew(engine)
         _log.info("%s holds a model alone: the optimizer starts with new moments", reader.path)
     if reader.step == 0 and "history" not in objects:
         _log.info("%s comes from another program: the data is read from its beginning", reader.path)
@@ -79,7 +79,12 @@ def start_from(
     )
     wanted = [piece for piece in engine.targets() if piece.name.startswith("model/")]
     load(step.path, wanted, control=control, reading=reading, tolerance=tolerance)
-    engine.load_scalars(engine.scalars())
+    _start_anew(engine)
     kept = sorted({piece.name for piece in wanted if piece.name not in step.manifest.tensors})
     rest = f"; {len(kept)} that it lacks keep their initial values" if kept else ""
     return f"starts from the weights of {step.path}{rest}"
+
+
+def _start_anew(engine: Engine) -> None:
+    """Make weights of masters that were filled. Averages of the weights before do not count: they begin with these."""
+    engine.load_scalars({name: value for name, value in engine.scalars().items() if name != "ema"})

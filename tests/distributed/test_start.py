@@ -38,6 +38,13 @@ def test_all_weights_and_nothing_else(bench: Bench, layout: Layout) -> None:
     assert saved.step == 1 and saved.objects["optim"]["step"] == 1
 
 
+def test_averages_begin_with_the_weights_that_the_run_starts_from(bench: Bench) -> None:
+    train(bench, "new", Layout(), "checkpoint.start=run", *STILL, "optim.ema=[0.999]")
+    found, given = tensors(step_directory(bench, "new", 1)), megads.checkpoint.open(bench.path / "run")
+    names = [name.removeprefix("ema_0.999/") for name in found if name.startswith("ema_0.999/")]
+    assert names and all(torch.equal(found[f"ema_0.999/{n}"], given[f"model/{n}"]) for n in names)
+
+
 def test_a_run_that_has_steps_goes_on_from_them(bench: Bench) -> None:
     line = ("train", "config.yaml", "run.dir=new", "checkpoint.start=run", *STILL[:-1])
     first, second = (command(bench.path, *line, f"run.stop_after={last}") for last in (1, 3))
@@ -45,6 +52,8 @@ def test_a_run_that_has_steps_goes_on_from_them(bench: Bench) -> None:
     assert "starts from the weights of run/checkpoints/step-00000003" in first.said + first.errors
     assert "starts from the weights" not in second.said + second.errors
     assert sorted(losses(bench, "new")) == [1, 2, 3]
+    (bench.path / "new" / "history.json").write_text("{")
+    assert_refused(command(bench.path, *line, "run.stop_after=4"), "history.json: not readable", "remove it")
 
 
 def test_another_vocabulary_takes_the_rows_that_both_have(bench: Bench) -> None:
