@@ -22,8 +22,7 @@ from tests.distributed.job import Home, Layout, command, losses, step_directory,
 GUARD = "optim.guard={policy: %s, window: 6, sigma: 12}"
 SPIKE = 8  # the step that reads it, in a run that goes straight on
 LAST = 13
-LAYOUTS = [Layout(), Layout(tensor=2, pipeline=2, micro=4)]
-IDS = ["one", "tensor2-pipeline2"]
+ONE, MANY = Layout(), Layout(tensor=2, pipeline=2, micro=4)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +57,10 @@ def history(home: Home, run: str) -> list[dict[str, object]]:
     return rows
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(ONE, id="one"), pytest.param(MANY, id="tensor2-pipeline2", marks=pytest.mark.slow)],
+)
 def test_a_skipped_step_changes_nothing_and_names_its_documents(home: Home, layout: Layout) -> None:
     run = f"skip-{layout.world_size}"
     train(
@@ -96,7 +98,7 @@ def test_a_rollback_leaves_the_batches_out_and_survives_kills_and_layouts(
     ]
     assert told == undisturbed
 
-    train(home, "back-4", LAYOUTS[1], GUARD % "rollback", f"run.stop_after={LAST}")
+    train(home, "back-4", MANY, GUARD % "rollback", f"run.stop_after={LAST}")
     assert history(home, "back-4") == history(home, "back-1")
     assert losses(home, "back-4") == pytest.approx(straight, rel=1e-5)
 

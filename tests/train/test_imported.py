@@ -41,7 +41,9 @@ def test_from_hugging_face_with_new_moments(home: Home, trained: Path) -> None:
     assert ended.code == 0, ended.errors
     assert "the optimizer starts with new moments" in ended.said + ended.errors
     assert "comes from another program" in ended.said + ended.errors
-    again = command(home.path, "train", "imported/config.yaml", "run.dir=started", "checkpoint.start=before")
+    again = command(
+        home.path, "train", "imported/config.yaml", "run.dir=started", "checkpoint.start=imported-before"
+    )
     assert again.code == 0, again.errors
     assert losses(home, "after") == losses(home, "started")
     assert sorted(losses(home, "after")) == [1, 2, 3]
